@@ -1,0 +1,141 @@
+//! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
+
+use std::task::Poll;
+use std::time::Duration;
+
+use crate::error::Result;
+use crate::plan::SegmentId;
+
+/// Positions in one block of attention, and in one f32 page.
+pub(crate) const BLOCK: usize = 64;
+
+/// How keys and values are cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum KvType {
+    /// f32: the exact forms.
+    #[default]
+    F32,
+    /// f16: half the memory, rounded.
+    F16,
+}
+
+impl KvType {
+    /// Positions in a page. A page has the same bytes in either type, so that one pool serves both.
+    pub(crate) fn page_len(self) -> usize {
+        match self {
+            Self::F32 => BLOCK,
+            Self::F16 => 2 * BLOCK,
+        }
+    }
+}
+
+/// What a launch may trade for speed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Numerics {
+    /// The same bits with any number of threads, any batching and any chunking, on one machine.
+    Exact,
+    /// Anything that stays within the stated bound.
+    Fast,
+}
+
+/// Index of a page in the pool of every place.
+pub(crate) type PageId = u32;
+
+/// One row of a launch: a token of a sequence, at its position.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Row {
+    /// Index into [`Batch::seqs`].
+    pub seq: u32,
+    pub pos: u32,
+}
+
+/// The pages of one sequence: `pages[i]` holds the positions from `(first_page + i) * page_len`.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Seq {
+    pub pages: Vec<PageId>,
+    pub first_page: u32,
+}
+
+/// What one walk through the plan computes: prefill, decode, a batch and a draft are all rows.
+#[derive(Debug, Clone)]
+pub(crate) struct Batch {
+    /// Grows with every batch of an engine: a place that sees a new number uploads the batch.
+    pub number: u64,
+    /// Rows of one sequence are contiguous, their positions rising.
+    pub rows: Vec<Row>,
+    pub seqs: Vec<Seq>,
+    /// Indices into `rows` of those whose logits are wanted, rising.
+    pub wanted: Vec<u32>,
+    /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
+    pub rope: Vec<f32>,
+    pub kv: KvType,
+    pub numerics: Numerics,
+}
+
+/// Most rows, wanted rows and pages that a place can take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Room {
+    pub rows: usize,
+    pub wanted: usize,
+    pub pages: usize,
+}
+
+impl Room {
+    /// What both can take.
+    pub(crate) fn min(self, other: Self) -> Self {
+        Self { rows: self.rows.min(other.rows), wanted: self.wanted.min(other.wanted), pages: self.pages.min(other.pages) }
+    }
+}
+
+/// What a place has done and holds. Counted by the place itself, so that tests see the split.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PlaceCounts {
+    /// Bytes of weights held, by rank order within the place summed up.
+    pub weight_bytes: u64,
+    /// Segments run: on a GPU, command buffers submitted.
+    pub submissions: u64,
+    /// Ops run, of all hosted ranks.
+    pub ops: u64,
+    /// Compute dispatches encoded; 0 on the CPU.
+    pub dispatches: u64,
+    /// Bytes written by the host and read back by it, for collectives.
+    pub bytes_written: u64,
+    pub bytes_read: u64,
+}
+
+/// How long [`Place::poll`] may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wait {
+    /// Not at all.
+    Check,
+    /// At most this long.
+    AtMost(Duration),
+}
+
+/// A device that holds the weights, activations and KV pages of the ranks of one stage that live there, and runs segments.
+///
+/// One launch is in flight at a time. The engine launches every place before it waits for any.
+pub(crate) trait Place: Send {
+    /// The ranks of the stage that live here, rising.
+    fn ranks(&self) -> &[usize];
+
+    /// Whether `launch` returns before the work is done. Those places are launched first.
+    fn is_asynchronous(&self) -> bool;
+
+    /// Starts a segment: writes `input` (`[rows, width]`, no padding) to the segment's `write` buffer, runs the ops, copies `read` out.
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()>;
+
+    /// Whether the launch is done; waits for it within the bound.
+    fn poll(&mut self, wait: Wait) -> Result<Poll<()>>;
+
+    /// What the segment read, once `poll` said ready: for each buffer of ranks in order, `[rows, width]` without padding.
+    /// Of a shared buffer there is one part; of a sharded one, a part a rank, one behind the other.
+    fn output(&mut self) -> Result<&[f32]>;
+
+    /// What was done and is held since the place was made.
+    fn counts(&self) -> PlaceCounts;
+
+    /// Bytes of weights of each hosted rank.
+    fn weight_bytes(&self) -> Vec<u64>;
+}

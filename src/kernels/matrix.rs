@@ -1,0 +1,194 @@
+//! [`Matrix`]: a weight, where it lies and how it is stored.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+
+use crate::error::{Error, Result};
+
+/// How the elements of a weight are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE 754 single precision, 4 bytes.
+    F32,
+    /// IEEE 754 half precision, 2 bytes.
+    F16,
+    /// The upper half of an f32, 2 bytes.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes of `n` elements.
+    #[must_use]
+    pub fn bytes(self, n: usize) -> usize {
+        match self {
+            Self::F32 => 4 * n,
+            Self::F16 | Self::Bf16 => 2 * n,
+        }
+    }
+
+    /// The name used in tables: `f32`, `f16`, `bf16`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        }
+    }
+}
+
+/// One stored row, in the dtype it is stored in.
+#[derive(Clone, Copy)]
+pub(crate) enum Row<'a> {
+    F32(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+}
+
+#[derive(Clone)]
+enum Storage {
+    Owned(Arc<Vec<f32>>),
+    Mapped(Arc<Mmap>),
+}
+
+/// A weight: 2-D, row-major, `[out_features, in_features]` as in Hugging Face checkpoints.
+///
+/// It owns its values or borrows them from a mapped file; cloning and slicing copy nothing.
+#[derive(Clone)]
+pub struct Matrix {
+    storage: Storage,
+    dtype: DType,
+    rows: usize,
+    cols: usize,
+    /// Elements from one row to the next in storage.
+    stride: usize,
+    /// Elements before the first one, from `base` bytes into the storage.
+    offset: usize,
+    base: usize,
+}
+
+impl Matrix {
+    /// A matrix that owns its values, row by row.
+    ///
+    /// # Panics
+    /// If `data.len() != rows * cols`; [`Matrix::try_from_f32`] returns that as an error.
+    #[must_use]
+    pub fn from_f32(rows: usize, cols: usize, data: Vec<f32>) -> Self {
+        Self::try_from_f32(rows, cols, data).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    /// [`Matrix::from_f32`] without the panic.
+    ///
+    /// # Errors
+    /// [`Error::MatrixSize`] if `data.len() != rows * cols`.
+    pub fn try_from_f32(rows: usize, cols: usize, data: Vec<f32>) -> Result<Self> {
+        if rows.checked_mul(cols) != Some(data.len()) {
+            return Err(Error::MatrixSize { rows, cols, found: data.len() });
+        }
+        Ok(Self { storage: Storage::Owned(Arc::new(data)), dtype: DType::F32, rows, cols, stride: cols, offset: 0, base: 0 })
+    }
+
+    /// A matrix inside a mapped file: `rows * cols` elements from byte `base`.
+    ///
+    /// # Errors
+    /// If the bytes lie outside the file, or `base` is not a multiple of the element's size.
+    pub(crate) fn mapped(file: Arc<Mmap>, base: usize, dtype: DType, rows: usize, cols: usize) -> Result<Self, String> {
+        let bytes = rows
+            .checked_mul(cols)
+            .and_then(|n| n.checked_mul(dtype.bytes(1)))
+            .and_then(|n| n.checked_add(base))
+            .ok_or_else(|| format!("of {rows} x {cols} elements is too large to address"))?;
+        if bytes > file.len() {
+            return Err(format!("ends at byte {bytes} of a file of {}", file.len()));
+        }
+        if base % dtype.bytes(1) != 0 {
+            return Err(format!("starts at byte {base}, which is not a multiple of its element's {} bytes", dtype.bytes(1)));
+        }
+        Ok(Self { storage: Storage::Mapped(file), dtype, rows, cols, stride: cols, offset: 0, base })
+    }
+
+    /// Number of output features.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Number of input features.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How the elements are stored.
+    #[must_use]
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Bytes that the elements take in storage.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.dtype.bytes(self.rows * self.cols)
+    }
+
+    /// The part of the matrix at these rows and columns, sharing its storage.
+    ///
+    /// # Panics
+    /// If a range reaches outside the matrix.
+    #[must_use]
+    pub fn slice(&self, rows: Range<usize>, cols: Range<usize>) -> Self {
+        assert!(
+            rows.start <= rows.end && rows.end <= self.rows && cols.start <= cols.end && cols.end <= self.cols,
+            "slice {rows:?} x {cols:?} reaches outside a matrix of {} x {}",
+            self.rows,
+            self.cols
+        );
+        Self { offset: self.offset + rows.start * self.stride + cols.start, rows: rows.len(), cols: cols.len(), ..self.clone() }
+    }
+
+    /// Row `r` as it is stored: `[cols]`.
+    pub(crate) fn row(&self, r: usize) -> Row<'_> {
+        assert!(r < self.rows, "row {r} of a matrix of {} rows", self.rows);
+        let at = self.offset + r * self.stride;
+        let range = at..at + self.cols;
+        let bytes = match &self.storage {
+            Storage::Owned(data) => return Row::F32(&data[range]),
+            Storage::Mapped(file) => &file[self.base + self.dtype.bytes(range.start)..self.base + self.dtype.bytes(range.end)],
+        };
+        match self.dtype {
+            DType::F32 => Row::F32(bytemuck::cast_slice(bytes)),
+            DType::F16 => Row::F16(bytemuck::cast_slice(bytes)),
+            DType::Bf16 => Row::Bf16(bytemuck::cast_slice(bytes)),
+        }
+    }
+
+    /// Row `r` converted to f32, exactly: `[cols]`.
+    ///
+    /// # Panics
+    /// If `r` or the length of `out` doesn't fit the matrix.
+    pub fn row_to_f32(&self, r: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.cols, "a row of {} columns", self.cols);
+        match self.row(r) {
+            Row::F32(row) => out.copy_from_slice(row),
+            Row::F16(row) => out.iter_mut().zip(row).for_each(|(o, v)| *o = v.to_f32()),
+            Row::Bf16(row) => out.iter_mut().zip(row).for_each(|(o, v)| *o = v.to_f32()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Matrix({} x {} {})", self.rows, self.cols, self.dtype.name())
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl From<ndarray::ArrayView2<'_, f32>> for Matrix {
+    fn from(view: ndarray::ArrayView2<'_, f32>) -> Self {
+        Self::from_f32(view.nrows(), view.ncols(), view.iter().copied().collect())
+    }
+}

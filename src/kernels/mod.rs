@@ -1,0 +1,3 @@
+//! The CPU's kernels.
+
+pub(crate) mod matrix;
