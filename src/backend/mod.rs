@@ -3,8 +3,11 @@
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::config::Config;
 use crate::error::Result;
-use crate::plan::SegmentId;
+use crate::kernels::matrix::Matrix;
+use crate::partition::StagePartition;
+use crate::plan::{Plan, SegmentId, Weight, WeightShape};
 
 /// Positions in one block of attention, and in one f32 page.
 pub(crate) const BLOCK: usize = 64;
@@ -138,4 +141,28 @@ pub(crate) trait Place: Send {
 
     /// Bytes of weights of each hosted rank.
     fn weight_bytes(&self) -> Vec<u64>;
+}
+
+/// What a place is made of: the ranks of a stage that it hosts, what they compute, and where their weights come from.
+#[derive(Clone)]
+pub(crate) struct Assignment<'a> {
+    pub stage: usize,
+    /// Ranks of the stage that live in this place, rising.
+    pub ranks: Vec<usize>,
+    pub plan: &'a Plan,
+    pub config: &'a Config,
+    pub partition: &'a StagePartition,
+    /// A whole tensor of the checkpoint by name, mapped and already checked; a vector is a matrix of one row.
+    pub tensor: &'a dyn Fn(&str) -> Result<Matrix>,
+}
+
+impl Assignment<'_> {
+    /// Rank `rank`'s slice of a weight.
+    pub(crate) fn weight(&self, weight: Weight, rank: usize) -> Result<Matrix> {
+        let spec = &self.plan.weights[weight.0];
+        let whole = (self.tensor)(&spec.name)?;
+        let WeightShape::Matrix { out, input } = spec.shape else { return Ok(whole) };
+        let rank = &self.partition.ranks[rank];
+        Ok(whole.slice(rank.range(out, self.config), rank.range(input, self.config)))
+    }
 }
