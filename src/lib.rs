@@ -7,9 +7,11 @@ mod error;
 mod kernels;
 mod partition;
 mod plan;
+mod tokenizer;
 
 pub use backend::{KvType, PlaceCounts};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
+pub use tokenizer::{Decoder, Tokenizer};
