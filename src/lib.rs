@@ -7,6 +7,7 @@ mod error;
 mod kernels;
 mod partition;
 mod plan;
+mod sampler;
 mod tokenizer;
 
 pub use backend::{KvType, PlaceCounts};
@@ -14,4 +15,5 @@ pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
+pub use sampler::{Sampler, SamplerOptions};
 pub use tokenizer::{Decoder, Tokenizer};
