@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports)] // until the engine uses it all
 
 mod backend;
+mod collective;
 mod config;
 mod error;
 mod kernels;
@@ -9,6 +10,7 @@ mod partition;
 mod plan;
 
 pub use backend::{KvType, PlaceCounts};
+pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
