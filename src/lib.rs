@@ -5,6 +5,7 @@ mod backend;
 mod config;
 mod error;
 mod kernels;
+mod params;
 mod partition;
 mod plan;
 
@@ -12,4 +13,5 @@ pub use backend::{KvType, PlaceCounts};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
+pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
