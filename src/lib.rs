@@ -6,6 +6,7 @@ mod collective;
 mod config;
 mod error;
 mod kernels;
+mod params;
 mod partition;
 mod plan;
 
@@ -14,4 +15,5 @@ pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
+pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
