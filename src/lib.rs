@@ -5,6 +5,7 @@ mod backend;
 mod config;
 mod error;
 mod kernels;
+mod model;
 mod partition;
 mod plan;
 
@@ -12,4 +13,10 @@ pub use backend::{KvType, PlaceCounts};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
+pub use kernels::parallel::{
+    WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,
+    matmul_vec_adaptive_into, matmul_vec_adaptive_with_stats, mlp_tensor_parallel, row_parallel_linear,
+};
+pub use model::parallel_config::ParallelConfig;
+pub use model::pipeline::{PipelineConfig, PipelineState};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
