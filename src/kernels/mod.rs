@@ -6,6 +6,7 @@ pub(crate) mod attend;
 pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod matrix;
+pub(crate) mod parallel;
 pub(crate) mod pool;
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`: RMSNorm (Zhang and Sennrich, 2019). All `[hidden]`.
