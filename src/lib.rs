@@ -6,6 +6,7 @@ mod collective;
 mod config;
 mod device;
 mod error;
+mod generate;
 mod kernels;
 mod model;
 mod params;
@@ -20,6 +21,7 @@ pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use device::Device;
 pub use error::{Error, Result};
+pub use generate::{FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,
