@@ -3,6 +3,7 @@
 
 mod backend;
 mod config;
+mod device;
 mod error;
 mod kernels;
 mod partition;
@@ -10,6 +11,7 @@ mod plan;
 
 pub use backend::{KvType, PlaceCounts};
 pub use config::Config;
+pub use device::{Device, DeviceKind, DeviceLimits, devices};
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
