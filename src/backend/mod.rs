@@ -1,5 +1,8 @@
 //! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
 
+#[cfg(feature = "gpu")]
+pub(crate) mod wgpu;
+
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
