@@ -233,8 +233,9 @@ fn take_characters(bytes: &mut Vec<u8>) -> String {
         text.push_str(chunk.valid());
         taken += chunk.valid().len();
         let invalid = chunk.invalid();
-        let unfinished = std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
-        if !invalid.is_empty() && !(unfinished && taken + invalid.len() == bytes.len()) {
+        let is_last = taken + invalid.len() == bytes.len();
+        let unfinished = is_last && std::str::from_utf8(invalid).is_err_and(|error| error.error_len().is_none());
+        if !invalid.is_empty() && !unfinished {
             text.push(char::REPLACEMENT_CHARACTER);
             taken += invalid.len();
         }

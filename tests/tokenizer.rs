@@ -32,7 +32,7 @@ fn byte_level() -> Tokenizer {
     for letter in &letters {
         vocab.insert(letter.to_string(), json!(vocab.len()));
     }
-    for piece in [&"né".as_bytes()[..], &"é".as_bytes()[1..], &"漢字".as_bytes()[..4], &"字".as_bytes()[1..], b"\xF0\x9F", b" \xFF"] {
+    for piece in ["né".as_bytes(), &"é".as_bytes()[1..], &"漢字".as_bytes()[..4], &"字".as_bytes()[1..], b"\xF0\x9F", b" \xFF"] {
         vocab.insert(piece.iter().map(|&b| letters[b as usize]).collect(), json!(vocab.len()));
     }
     let added = json!([{"id": vocab.len(), "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true},
@@ -113,10 +113,10 @@ fn text_comes_out_with_its_token_unless_a_later_one_could_change_it() {
     let tokenizer = tiny_stories();
     let ids = tokenizer.encode("the cat 漢 sat").unwrap();
     let mut decoder = tokenizer.decoder();
-    for i in 0..ids.len() {
-        let text = decoder.push(ids[i]).unwrap();
+    for (i, &id) in ids.iter().enumerate() {
+        let text = decoder.push(id).unwrap();
         let is_byte = |id: u32| (3..259).contains(&id);
-        assert_eq!(text.is_empty(), ids[i] == 1 || is_byte(ids[i]), "token {i}: {text:?}");
+        assert_eq!(text.is_empty(), id == 1 || is_byte(id), "token {i}: {text:?}");
     }
     assert_eq!(decoder.flush().unwrap(), "");
 }

@@ -10,5 +10,4 @@ mod room;
 mod shaders;
 mod weights;
 
-
 pub(crate) use place::GpuPlace;
