@@ -1,6 +1,9 @@
 //! Small checkpoints of any shape, with random weights.
 #![allow(dead_code)] // every test binary compiles this and uses a part
 
+pub mod fixture;
+pub mod reference;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::Path;
