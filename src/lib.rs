@@ -2,14 +2,17 @@
 #![allow(dead_code, unused_imports)] // until the engine uses it all
 
 mod backend;
+mod collective;
 mod config;
 mod error;
 mod kernels;
 mod model;
+mod params;
 mod partition;
 mod plan;
 
 pub use backend::{KvType, PlaceCounts};
+pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
@@ -19,4 +22,5 @@ pub use kernels::parallel::{
 };
 pub use model::parallel_config::ParallelConfig;
 pub use model::pipeline::{PipelineConfig, PipelineState};
+pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};

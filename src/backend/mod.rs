@@ -1,13 +1,18 @@
 //! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
 
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
 use crate::config::Config;
 use crate::error::Result;
+use crate::device::Device;
 use crate::kernels::matrix::Matrix;
+use crate::kernels::pool::Pool;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, SegmentId, Weight, WeightShape};
+
+pub(crate) mod cpu;
 
 /// Positions in one block of attention, and in one f32 page.
 pub(crate) const BLOCK: usize = 64;
@@ -165,4 +170,24 @@ impl Assignment<'_> {
         let rank = &self.partition.ranks[rank];
         Ok(whole.slice(rank.range(out, self.config), rank.range(input, self.config)))
     }
+}
+
+/// What `device` can take of `want` for its assignment.
+pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
+    #[cfg(feature = "gpu")]
+    if !device.is_cpu() {
+        return wgpu::GpuPlace::room(device, assignment, want);
+    }
+    let _ = (device, assignment);
+    Ok(cpu::CpuPlace::room(want))
+}
+
+/// Opens `device` and loads its assignment.
+pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, pool: &Arc<Pool>) -> Result<Box<dyn Place>> {
+    #[cfg(feature = "gpu")]
+    if !device.is_cpu() {
+        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
+    }
+    let _ = (device, room);
+    Ok(Box::new(cpu::CpuPlace::new(assignment, pool.clone())?))
 }
