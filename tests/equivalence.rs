@@ -38,7 +38,8 @@ fn cpu_grids() -> Vec<(&'static str, ParallelConfig, Vec<Device>)> {
 fn every_cpu_grid_gives_the_logits_and_greedy_texts_of_every_fixture() {
     for name in fixture::ALL {
         every(cpu_grids(), |(_, config, devices)| {
-            let model = TensorParallelMistral::load_grid(fixture::load(name), config.clone(), devices.clone()).map_err(|e| e.to_string())?;
+            let model =
+                TensorParallelMistral::load_grid(fixture::load(name), config.clone(), devices.clone()).map_err(|e| e.to_string())?;
             fixture::check(name, &model, CPU_TOLERANCE).map(drop)
         });
     }

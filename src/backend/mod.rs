@@ -5,8 +5,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use crate::config::Config;
-use crate::error::Result;
 use crate::device::Device;
+use crate::error::Result;
 use crate::kernels::matrix::Matrix;
 use crate::kernels::pool::Pool;
 use crate::partition::StagePartition;
@@ -174,7 +174,7 @@ impl Assignment<'_> {
 
 /// What `device` can take of `want` for its assignment.
 pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
-    #[cfg(feature = "gpu")]
+    #[cfg(any())]
     if !device.is_cpu() {
         return wgpu::GpuPlace::room(device, assignment, want);
     }
@@ -184,7 +184,7 @@ pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> 
 
 /// Opens `device` and loads its assignment.
 pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, pool: &Arc<Pool>) -> Result<Box<dyn Place>> {
-    #[cfg(feature = "gpu")]
+    #[cfg(any())]
     if !device.is_cpu() {
         return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
     }

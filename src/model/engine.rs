@@ -66,17 +66,17 @@ impl Stage {
         let index = self.index;
         let mut failed = None;
         let mut in_flight = Vec::new();
-        for asynchronous in [true, false] {
-            for place in self.places.iter_mut().filter(|p| p.is_asynchronous() == asynchronous) {
-                let start = Instant::now();
-                match place.launch(segment, batch, Some(input)) {
-                    Ok(()) => {
-                        let category = if asynchronous { Category::Write } else { Category::Compute };
-                        trace.span(index, place.ranks(), category, start, batch.number, batch.rows.len());
-                        in_flight.push((place, Instant::now()));
-                    }
-                    Err(e) => failed = failed.or(Some(e)),
+        let mut places: Vec<_> = self.places.iter_mut().collect();
+        places.sort_by_key(|p| !p.is_asynchronous());
+        for place in places {
+            let start = Instant::now();
+            match place.launch(segment, batch, Some(input)) {
+                Ok(()) => {
+                    let category = if place.is_asynchronous() { Category::Write } else { Category::Compute };
+                    trace.span(index, place.ranks(), category, start, batch.number, batch.rows.len());
+                    in_flight.push((place, Instant::now()));
                 }
+                Err(e) => failed = failed.or(Some(e)),
             }
         }
         // Where one failed the others are still waited for, so that the next launch finds them idle.
@@ -119,9 +119,9 @@ impl Stage {
             let ranks = place.ranks().to_vec();
             let mut parts = place.output()?;
             for rank in ranks {
-                let part = parts.split_off(..rows * self.gathered[rank]).ok_or_else(|| {
-                    Error::DriverGone(format!("a place read too little for rank {rank} of stage {}", self.index))
-                })?;
+                let part = parts
+                    .split_off(..rows * self.gathered[rank])
+                    .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {}", self.index)))?;
                 local[rank] = part.to_vec();
             }
         }

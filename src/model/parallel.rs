@@ -29,7 +29,7 @@ impl TensorParallelMistral {
         let config = config.into();
         config.validate(params.config())?;
         let world = config.tensor.world_size;
-        let stages = config.stages_for(params.config());
+        let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * world];
         Self::on(params, &config, stages, &devices)
     }

@@ -96,9 +96,9 @@ impl ParallelConfig {
         self
     }
 
-    /// The stages of a model with these sizes: those asked for, or the default.
-    pub(crate) fn stages_for(&self, config: &Config) -> usize {
-        self.stages.unwrap_or(if self.pipelined { config.n_layers.min(4) } else { 1 })
+    /// The stages of a model of `n_layers` layers: those asked for, or the default.
+    pub(crate) fn stages_for(&self, n_layers: usize) -> usize {
+        self.stages.unwrap_or(if self.pipelined { n_layers.min(4) } else { 1 })
     }
 
     /// Whether a model with these sizes can run so.
@@ -108,7 +108,7 @@ impl ParallelConfig {
     /// one positive number a rank, or no micro-batches, threads or KV positions.
     pub fn validate(&self, config: &Config) -> Result<()> {
         self.tensor.validate()?;
-        Partition::new(config, self.stages_for(config), self.tensor.world_size, self.shares.as_deref(), 1)?;
+        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
         let counts =
             [("num_micro_batches", Some(self.pipeline.num_micro_batches)), ("threads", self.threads), ("kv_positions", self.kv_positions)];
         match counts.into_iter().find(|(_, count)| *count == Some(0)) {
@@ -132,13 +132,11 @@ mod tests {
     #[test]
     fn stages_default_to_four_at_most_for_pipelines_and_one_otherwise() {
         for (n_layers, stages) in [(1, 1), (2, 2), (4, 4), (32, 4)] {
-            let model = Config { n_layers, ..sizes(8, 2) };
-            assert_eq!(ParallelConfig::pipeline(4).stages_for(&model), stages, "{n_layers} layers");
+            assert_eq!(ParallelConfig::pipeline(4).stages_for(n_layers), stages, "{n_layers} layers");
         }
-        let model = sizes(8, 2);
-        for config in [ParallelConfig::default(), ParallelConfig::tensor_parallel(2, 0), ParallelConfig::for_model(&model)] {
-            assert_eq!(config.stages_for(&model), 1);
-            assert_eq!(config.stages(3).stages_for(&model), 3);
+        for config in [ParallelConfig::default(), ParallelConfig::tensor_parallel(2, 0), ParallelConfig::for_model(&sizes(8, 2))] {
+            assert_eq!(config.stages_for(32), 1);
+            assert_eq!(config.stages(3).stages_for(32), 3);
         }
     }
 
