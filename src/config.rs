@@ -68,6 +68,7 @@ impl Config {
 
         let hidden_size = keys.required_size("hidden_size")?;
         let n_heads = keys.required_size("num_attention_heads")?;
+        // As `LlamaConfig` has it; `MistralConfig` says 8. A wrong guess shows in the shape of `k_proj`.
         let n_kv_heads = keys.size("num_key_value_heads")?.unwrap_or(n_heads);
         if !n_heads.is_multiple_of(n_kv_heads) {
             return Err(keys.wrong("num_key_value_heads", &format!("it must divide the {n_heads} of num_attention_heads")));

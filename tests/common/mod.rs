@@ -63,7 +63,6 @@ impl Default for Spec {
 impl Spec {
     fn config(&self) -> Value {
         let mut config = json!({
-            "architectures": ["MistralForCausalLM"],
             "model_type": self.model_type,
             "vocab_size": self.vocab,
             "hidden_size": self.hidden,
@@ -132,8 +131,8 @@ pub fn write_checkpoint(dir: &Path, spec: &Spec) {
         .collect();
 
     let mut weight_map = BTreeMap::new();
-    let per_shard = tensors.len().div_ceil(spec.shards);
-    for (i, shard) in tensors.chunks(per_shard).enumerate() {
+    for i in 0..spec.shards {
+        let shard = &tensors[tensors.len() * i / spec.shards..tensors.len() * (i + 1) / spec.shards];
         let file = match spec.shards {
             1 => "model.safetensors".to_owned(),
             n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
