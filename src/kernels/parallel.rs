@@ -4,6 +4,7 @@ mod work;
 
 use super::linear::linear_row;
 use super::matrix::Matrix;
+use super::swiglu;
 use crate::partition::TensorParallelConfig;
 use work::Chunks;
 pub use work::{WorkDistributionConfig, WorkStealingStats};
@@ -241,11 +242,9 @@ pub fn mlp_tensor_parallel(input: &[f32], gate: &Matrix, up: &Matrix, down: &Mat
         down.rows(),
         down.cols()
     );
-    let mut activated = column_parallel_linear(gate, input, config);
-    let up = column_parallel_linear(up, input, config);
-    for (g, u) in activated.iter_mut().zip(up) {
-        *g = *g / (1.0 + (-*g).exp()) * u;
-    }
+    let (gate, up) = (column_parallel_linear(gate, input, config), column_parallel_linear(up, input, config));
+    let mut activated = vec![0.0; gate.len()];
+    swiglu(&gate, &up, &mut activated);
     matmul(&down.slice(0..down.rows(), config.local_range(channels)), &activated)
 }
 
