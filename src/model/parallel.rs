@@ -8,10 +8,11 @@ use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::grid::{Grid, How, RankInfo, Want};
+use crate::model::grid::{Grid, How, RankInfo, Want, ranks_per_stage};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
+use crate::partition::TensorParallelConfig;
 
 /// A Mistral-family model whose every matrix is split over ranks.
 ///
@@ -76,11 +77,12 @@ impl TensorParallelMistral {
     }
 
     fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
-        if devices.is_empty() {
-            return Err(Error::NoDevices);
-        }
-        let local: Vec<usize> = (0..devices.len() / stages.max(1)).collect();
-        Ok(Self { grid: Grid::load(params, config, stages, &local, devices, Arc::new(Alone))? })
+        let world = ranks_per_stage(devices.len(), stages)?;
+        let mut config = config.clone().stages(stages);
+        config.tensor = TensorParallelConfig::new(world, 0);
+        config.validate(params.config())?;
+        let local: Vec<usize> = (0..world).collect();
+        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))? })
     }
 
     /// The model's numbers.
@@ -216,7 +218,6 @@ impl TensorParallelMistral {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::partition::TensorParallelConfig;
 
     fn params(name: &str) -> Parameters {
         Parameters::load(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
