@@ -10,5 +10,7 @@ mod room;
 mod shaders;
 mod weights;
 
-
 pub(crate) use place::GpuPlace;
+
+#[cfg(test)]
+mod tests;
