@@ -1,29 +1,339 @@
-//! [`Device`]: what a rank can live on.
+//! [`Device`]: what a rank can live on, as it is named and listed.
 
-/// The CPU.
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+#[cfg(feature = "gpu")]
+use {
+    crate::backend::wgpu::adapters::{Adapter, adapters},
+    std::sync::Arc,
+};
+
+/// What computes behind a [`Device`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum DeviceKind {
+    /// The CPU, by this crate's own kernels.
+    Cpu,
+    /// A GPU with memory of its own.
+    Discrete,
+    /// A GPU that shares the CPU's memory.
+    Integrated,
+    /// A GPU passed through to a virtual machine.
+    Virtual,
+    /// A driver that computes shaders on the CPU: for tests, much slower than [`DeviceKind::Cpu`].
+    Software,
+    /// An adapter that doesn't say.
+    Other,
+}
+
+impl DeviceKind {
+    /// The name used in tables, such as `discrete`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Cpu => "cpu",
+            Self::Discrete => "discrete",
+            Self::Integrated => "integrated",
+            Self::Virtual => "virtual",
+            Self::Software => "software",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What an adapter can do, as far as it matters here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DeviceLimits {
+    /// The largest part of a buffer that a kernel can see, in bytes.
+    pub largest_binding: u64,
+    /// The largest buffer, in bytes.
+    pub largest_buffer: u64,
+    /// The smallest and the largest subgroup, where subgroup operations exist.
+    pub subgroup_sizes: Option<(u32, u32)>,
+    /// Arithmetic on f16.
+    pub f16: bool,
+    /// The host can map the buffers that kernels use.
+    pub mappable_primary_buffers: bool,
+    /// Kernels can be timed on the device.
+    pub timestamps: bool,
+}
+
+#[derive(Debug, Clone)]
+enum Kind {
+    Cpu,
+    #[cfg(feature = "gpu")]
+    Gpu {
+        index: usize,
+        adapter: Arc<Adapter>,
+    },
+}
+
+/// The CPU, or an adapter of the machine. Cheap to clone; nothing is opened until a model is loaded onto it.
 #[derive(Debug, Clone)]
 pub struct Device {
+    kind: Kind,
     isolated: bool,
+    binding_limit: Option<u64>,
+}
+
+/// Everything this machine can compute on: the CPU first, then every adapter once, software adapters included.
+///
+/// Adapters are looked for once per process. Without feature `gpu` there is only the CPU.
+#[must_use]
+pub fn devices() -> Vec<Device> {
+    let mut all = vec![Device::cpu()];
+    #[cfg(feature = "gpu")]
+    all.extend(adapters().iter().enumerate().map(|(index, adapter)| {
+        let kind = Kind::Gpu { index, adapter: Arc::clone(adapter) };
+        Device { kind, isolated: false, binding_limit: None }
+    }));
+    all
 }
 
 impl Device {
     /// The CPU.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { isolated: false }
+        Self { kind: Kind::Cpu, isolated: false, binding_limit: None }
     }
-    /// A place of its own.
+
+    /// Devices by name: `cpu` and `gpu:N` (the N-th adapter of [`devices`]) between commas, repeated at will; or `auto`, which is
+    /// every hardware GPU whose driver conforms to its API, else the CPU.
+    ///
+    /// # Errors
+    /// [`Error::NoDevices`] for an empty list, [`Error::NoSuchDevice`] for a name that this machine doesn't have.
+    pub fn parse_list(list: &str) -> Result<Vec<Self>> {
+        let names: Vec<&str> = list.split(',').map(str::trim).collect();
+        match names[..] {
+            [""] => Err(Error::NoDevices),
+            ["auto"] => Ok(automatic(devices())),
+            _ => {
+                let all = devices();
+                names.into_iter().map(|name| find(&all, name)).collect()
+            }
+        }
+    }
+
+    /// The same device as a place of its own: ranks on it share nothing with ranks that name the device otherwise.
+    ///
+    /// They then meet through the host, as ranks on two devices do.
     #[must_use]
-    pub fn isolated(self) -> Self {
-        Self { isolated: true }
+    pub fn isolated(mut self) -> Self {
+        self.isolated = true;
+        self
     }
-    pub(crate) fn label(&self) -> String {
-        "cpu".into()
+
+    /// Pretends that kernels see no more than `bytes` of a buffer at once. For tests: large matrices are then cut as on
+    /// adapters with small bindings. The CPU has no such limit and ignores it.
+    #[must_use]
+    pub fn with_binding_limit(mut self, bytes: u64) -> Self {
+        self.binding_limit = Some(bytes);
+        self
     }
-    pub(crate) fn is_cpu(&self) -> bool {
-        true
-    }
+
+    /// Whether ranks on both devices live in one place.
     pub(crate) fn shares_place_with(&self, other: &Self) -> bool {
-        !self.isolated && !other.isolated
+        !self.isolated && !other.isolated && self.label() == other.label() && self.binding_limit == other.binding_limit
+    }
+
+    /// How the device is named in a list: `cpu`, or `gpu:N` for the N-th adapter.
+    #[must_use]
+    pub fn label(&self) -> String {
+        match &self.kind {
+            Kind::Cpu => "cpu".to_owned(),
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { index, .. } => format!("gpu:{index}"),
+        }
+    }
+
+    /// What the driver calls it.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match &self.kind {
+            Kind::Cpu => {
+                let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+                format!("{} CPU, {threads} threads", std::env::consts::ARCH)
+            }
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => adapter.info.name.clone(),
+        }
+    }
+
+    /// What computes behind it.
+    #[must_use]
+    pub fn kind(&self) -> DeviceKind {
+        match &self.kind {
+            Kind::Cpu => DeviceKind::Cpu,
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => match adapter.info.device_type {
+                wgpu::DeviceType::DiscreteGpu => DeviceKind::Discrete,
+                wgpu::DeviceType::IntegratedGpu => DeviceKind::Integrated,
+                wgpu::DeviceType::VirtualGpu => DeviceKind::Virtual,
+                wgpu::DeviceType::Cpu => DeviceKind::Software,
+                wgpu::DeviceType::Other => DeviceKind::Other,
+            },
+        }
+    }
+
+    /// Whether this is the CPU itself.
+    #[must_use]
+    pub fn is_cpu(&self) -> bool {
+        self.kind() == DeviceKind::Cpu
+    }
+
+    /// Whether this is an adapter that computes on the CPU.
+    #[must_use]
+    pub fn is_software(&self) -> bool {
+        self.kind() == DeviceKind::Software
+    }
+
+    /// Whether the driver says that it conforms to its API. Others work or don't; `auto` leaves them out.
+    #[must_use]
+    pub fn is_conformant(&self) -> bool {
+        match &self.kind {
+            Kind::Cpu => true,
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => adapter.conformant,
+        }
+    }
+
+    /// The interface to it: `cpu`, `vulkan`, `metal`, `dx12` or `gl`.
+    #[must_use]
+    pub fn backend(&self) -> &'static str {
+        match &self.kind {
+            Kind::Cpu => "cpu",
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => adapter.info.backend.to_str(),
+        }
+    }
+
+    /// The driver's name; empty for the CPU.
+    #[must_use]
+    pub fn driver(&self) -> &str {
+        match &self.kind {
+            Kind::Cpu => "",
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => &adapter.info.driver,
+        }
+    }
+
+    /// The driver's version, in its own words; empty for the CPU.
+    #[must_use]
+    pub fn driver_info(&self) -> &str {
+        match &self.kind {
+            Kind::Cpu => "",
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => &adapter.info.driver_info,
+        }
+    }
+
+    /// What the adapter can do; `None` for the CPU.
+    #[must_use]
+    pub fn limits(&self) -> Option<DeviceLimits> {
+        match &self.kind {
+            Kind::Cpu => None,
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => {
+                let has = |feature| adapter.features.contains(feature);
+                let (info, limits) = (&adapter.info, &adapter.limits);
+                Some(DeviceLimits {
+                    largest_binding: limits.max_storage_buffer_binding_size.min(self.binding_limit.unwrap_or(u64::MAX)),
+                    largest_buffer: limits.max_buffer_size,
+                    subgroup_sizes: has(wgpu::Features::SUBGROUP).then_some((info.subgroup_min_size, info.subgroup_max_size)),
+                    f16: has(wgpu::Features::SHADER_F16),
+                    mappable_primary_buffers: has(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS),
+                    timestamps: has(wgpu::Features::TIMESTAMP_QUERY),
+                })
+            }
+        }
+    }
+
+    /// The adapter to open; `None` for the CPU.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn adapter(&self) -> Option<&Adapter> {
+        match &self.kind {
+            Kind::Cpu => None,
+            Kind::Gpu { adapter, .. } => Some(adapter),
+        }
+    }
+}
+
+impl std::fmt::Display for Device {
+    /// Its label and its name: `gpu:0 (llvmpipe)`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.label(), self.name())
+    }
+}
+
+fn automatic(all: Vec<Device>) -> Vec<Device> {
+    let gpus: Vec<_> = all.into_iter().filter(|d| !d.is_cpu() && !d.is_software() && d.is_conformant()).collect();
+    if gpus.is_empty() { vec![Device::cpu()] } else { gpus }
+}
+
+fn find(all: &[Device], name: &str) -> Result<Device> {
+    all.iter().find(|d| d.label() == name).cloned().ok_or_else(|| {
+        let there: Vec<String> = all.iter().map(Device::to_string).collect();
+        let without = if cfg!(feature = "gpu") { "" } else { "; this build has no feature `gpu`" };
+        Error::NoSuchDevice { name: name.to_owned(), right: format!("this machine has {}{without}", there.join(", ")) }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_comes_first_and_adapters_are_numbered_in_order() {
+        let labels: Vec<String> = devices().iter().map(Device::label).collect();
+        let expected: Vec<String> = std::iter::once("cpu".to_owned()).chain((0..labels.len() - 1).map(|n| format!("gpu:{n}"))).collect();
+        assert_eq!(labels, expected);
+    }
+
+    #[test]
+    fn a_list_names_devices_in_order_and_as_often_as_it_likes() {
+        let list = Device::parse_list(" cpu,cpu ").unwrap();
+        assert_eq!(list.iter().map(Device::label).collect::<Vec<_>>(), ["cpu", "cpu"]);
+    }
+
+    #[test]
+    fn an_empty_list_is_refused() {
+        assert!(matches!(Device::parse_list(""), Err(Error::NoDevices)));
+        assert!(matches!(Device::parse_list("  "), Err(Error::NoDevices)));
+    }
+
+    #[test]
+    fn an_unknown_device_is_refused_with_what_exists() {
+        for list in ["gpu:4096", "cpu,tpu", "cpu,", "gpu:", "gpu:-1", "auto,cpu"] {
+            let message = Device::parse_list(list).unwrap_err().to_string();
+            assert!(message.contains("this machine has cpu ("), "{list}: {message}");
+            assert_eq!(message.contains("no feature `gpu`"), cfg!(not(feature = "gpu")), "{list}: {message}");
+        }
+    }
+
+    #[test]
+    fn auto_takes_no_software_and_falls_back_on_the_cpu() {
+        let auto = Device::parse_list("auto").unwrap();
+        assert!(!auto.is_empty());
+        assert!(auto.iter().all(|d| !d.is_software() && d.is_conformant()));
+        assert_eq!(automatic(vec![Device::cpu()]).len(), 1);
+    }
+
+    #[test]
+    fn only_isolated_devices_keep_a_place_of_their_own() {
+        let cpu = Device::cpu();
+        assert!(cpu.shares_place_with(&Device::cpu()));
+        assert!(!cpu.shares_place_with(&Device::cpu().isolated()));
+        let isolated = cpu.isolated();
+        assert!(!isolated.shares_place_with(&isolated.clone()));
+    }
+
+    #[test]
+    fn devices_can_cross_threads() {
+        fn crosses<T: Send + Sync>() {}
+        crosses::<Device>();
     }
 }

@@ -16,7 +16,7 @@ mod trace;
 pub use backend::{KvType, PlaceCounts};
 pub use collective::{Alone, Collective};
 pub use config::Config;
-pub use device::Device;
+pub use device::{Device, DeviceKind, DeviceLimits, devices};
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{

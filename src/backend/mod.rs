@@ -1,5 +1,8 @@
 //! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
 
+#[cfg(feature = "gpu")]
+pub(crate) mod wgpu;
+
 use std::task::Poll;
 use std::time::Duration;
 
@@ -173,7 +176,7 @@ impl Assignment<'_> {
 
 /// What `device` can take of `want` for its assignment.
 pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
-    #[cfg(any())]
+    #[cfg(feature = "gpu")]
     if !device.is_cpu() {
         return wgpu::GpuPlace::room(device, assignment, want);
     }
@@ -183,7 +186,7 @@ pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> 
 
 /// Opens `device` and loads its assignment.
 pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, threads: &Threads) -> Result<Box<dyn Place>> {
-    #[cfg(any())]
+    #[cfg(feature = "gpu")]
     if !device.is_cpu() {
         return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
     }

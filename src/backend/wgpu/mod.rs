@@ -1,0 +1,16 @@
+//! The wgpu backend: a [`Place`](super::Place) on an adapter of any vendor.
+
+pub(crate) mod adapters;
+mod dispatch;
+mod gpu;
+mod lower;
+mod moment;
+mod place;
+mod room;
+mod shaders;
+mod weights;
+
+pub(crate) use place::GpuPlace;
+
+#[cfg(test)]
+mod tests;

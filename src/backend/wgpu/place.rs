@@ -1,0 +1,273 @@
+//! [`GpuPlace`]: ranks of a stage on one wgpu device of their own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::task::Poll;
+use std::time::Duration;
+
+use super::dispatch::Dispatch;
+use super::gpu::{Gpu, Owner};
+use super::lower::{Activation, Lowerer};
+use super::moment::Moment;
+use super::room::{self, Bounds};
+use super::shaders::Tuning;
+use crate::backend::{Assignment, Batch, Place, PlaceCounts, Room, Wait};
+use crate::device::Device;
+use crate::error::Result;
+use crate::plan::SegmentId;
+
+/// A segment of the plan, lowered.
+struct Segment {
+    dispatches: std::ops::Range<usize>,
+    write: Option<Activation>,
+    /// One part where it is shared, else one a rank.
+    read: Vec<Activation>,
+}
+
+/// What a launch left running.
+struct Flight {
+    index: wgpu::SubmissionIndex,
+    signal: Arc<Signal>,
+    segment: usize,
+    /// Rows of what is read, and its bytes in the staging buffer.
+    rows: usize,
+    bytes: u64,
+}
+
+/// How the callback of a launch tells that it is done.
+#[derive(Default)]
+struct Signal(AtomicU8);
+
+impl Signal {
+    const DONE: u8 = 1;
+    const FAILED: u8 = 2;
+
+    fn set(&self, done: bool) {
+        self.0.store(if done { Self::DONE } else { Self::FAILED }, Ordering::Release);
+    }
+
+    fn get(&self) -> u8 {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+pub(crate) struct GpuPlace {
+    gpu: Gpu,
+    ranks: Vec<usize>,
+    moment: Moment,
+    segments: Vec<Segment>,
+    dispatches: Vec<Dispatch>,
+    /// Workgroups in one dimension of a grid.
+    dimension: u32,
+    /// What a segment reads, on its way to the host.
+    staging: wgpu::Buffer,
+    flight: Option<Flight>,
+    output: Vec<f32>,
+    weight_bytes: Vec<u64>,
+    counts: PlaceCounts,
+}
+
+impl GpuPlace {
+    /// What of `want` the device can take.
+    ///
+    /// Rows shrink until every activation fits one binding, wanted rows until the logits do, and pages until the keys of one
+    /// layer and rank do and all keys and values stay within 1 GiB.
+    ///
+    /// # Errors
+    /// If not even one of them fits, or heads are larger than a workgroup's memory.
+    pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
+        let owner = owner(device, assignment);
+        let adapter = device.adapter().ok_or_else(|| owner.error("is no adapter"))?;
+        room::fit(Bounds::of(device, adapter), assignment, &owner, want)
+    }
+
+    /// Opens the device, uploads the ranks' weights, and makes everything that launches need.
+    ///
+    /// # Errors
+    /// If the device can't be opened, is lost, runs out of memory, or can't take `room`.
+    pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room) -> Result<Self> {
+        let tuning = device.adapter().map(Tuning::of);
+        let tuning = tuning.ok_or_else(|| owner(device, &assignment).error("is no adapter"))?;
+        Self::with_tuning(device, assignment, room, tuning)
+    }
+
+    pub(super) fn with_tuning(device: &Device, assignment: Assignment<'_>, room: Room, tuning: Tuning) -> Result<Self> {
+        let owner = owner(device, &assignment);
+        let adapter = device.adapter().ok_or_else(|| owner.error("is no adapter"))?;
+        let bounds = Bounds::of(device, adapter);
+        let fit = room::fit(bounds, &assignment, &owner, room)?;
+        if fit != room {
+            return Err(owner.error(format!("has room for {fit:?}, not for {room:?}")));
+        }
+
+        let gpu = Gpu::open(adapter, owner)?;
+        let moment = Moment::new(&gpu, room, assignment.config.head_dim)?;
+        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
+        let mut segments = Vec::new();
+        for (i, segment) in assignment.plan.segments.iter().enumerate() {
+            let start = lowerer.len();
+            for op in assignment.plan.ops_of(SegmentId(i)) {
+                lowerer.op(op)?;
+            }
+            segments.push(Segment {
+                dispatches: start..lowerer.len(),
+                write: segment.write.map(|buf| lowerer.parts(buf)[0].clone()),
+                read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
+            });
+        }
+        let (dispatches, weight_bytes) = lowerer.finish()?;
+
+        let most = segments.iter().map(|s| read_bytes(&s.read, room.rows, room.wanted)).max().unwrap_or(0).max(16);
+        let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+        let staging = gpu.buffer("what is read back", most, usage)?;
+        gpu.flush()?;
+        let counts = PlaceCounts { weight_bytes: weight_bytes.iter().sum(), ..PlaceCounts::default() };
+        Ok(Self {
+            ranks: assignment.ranks,
+            moment,
+            segments,
+            dispatches,
+            dimension: adapter.limits.max_compute_workgroups_per_dimension,
+            staging,
+            flight: None,
+            output: Vec::new(),
+            weight_bytes,
+            counts,
+            gpu,
+        })
+    }
+
+    /// Destroys the device under the place, so that a test sees what a loss looks like.
+    #[cfg(test)]
+    pub(crate) fn destroy(&self) {
+        self.gpu.device.destroy();
+    }
+
+    /// Writes `[rows, width]` to an activation, whose rows are padded.
+    fn write(&mut self, to: &Activation, rows: usize, input: &[f32]) -> Result<()> {
+        if input.len() != rows * to.width {
+            let problem = format!("an input of {} values was given for {rows} rows of {}", input.len(), to.width);
+            return Err(self.gpu.owner.error(problem));
+        }
+        if to.stride() == to.width {
+            self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(input));
+        } else if to.width > 0 {
+            let mut padded = vec![0.0; rows * to.stride()];
+            for (to, from) in padded.chunks_exact_mut(to.stride()).zip(input.chunks_exact(to.width)) {
+                to[..from.len()].copy_from_slice(from);
+            }
+            self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(&padded));
+        }
+        self.counts.bytes_written += size_of_val(input) as u64;
+        Ok(())
+    }
+}
+
+impl Place for GpuPlace {
+    fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        true
+    }
+
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()> {
+        self.gpu.check()?;
+        if self.flight.take().is_some_and(|flight| flight.bytes > 0) {
+            self.staging.unmap();
+        }
+        self.moment.write(&self.gpu, batch)?;
+        if let (Some(to), Some(input)) = (self.segments[segment.0].write.clone(), input) {
+            self.write(&to, to.rows.of(batch), input)?;
+        }
+
+        let lowered = &self.segments[segment.0];
+        let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        for dispatch in &self.dispatches[lowered.dispatches.clone()] {
+            if dispatch.encode(&mut pass, batch, self.dimension) {
+                self.counts.dispatches += 1;
+                self.counts.ops += u64::from(dispatch.begins_op);
+            }
+        }
+        drop(pass);
+
+        let mut bytes = 0;
+        let mut rows = 0;
+        for part in &lowered.read {
+            rows = part.rows.of(batch);
+            let size = 4 * (rows * part.stride()) as u64;
+            if size > 0 {
+                encoder.copy_buffer_to_buffer(&part.buffer, 0, &self.staging, bytes, size);
+                bytes += size;
+            }
+        }
+        let signal = Arc::new(Signal::default());
+        let done = Arc::clone(&signal);
+        if bytes > 0 {
+            encoder.map_buffer_on_submit(&self.staging, wgpu::MapMode::Read, 0..bytes, move |mapped| done.set(mapped.is_ok()));
+        } else {
+            encoder.on_submitted_work_done(move || done.set(true));
+        }
+        let index = self.gpu.queue.submit([encoder.finish()]);
+        self.counts.submissions += 1;
+        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes });
+        self.gpu.check()
+    }
+
+    fn poll(&mut self, wait: Wait) -> Result<Poll<()>> {
+        let Some(flight) = &self.flight else { return Ok(Poll::Ready(())) };
+        let bound = match wait {
+            Wait::Check => Duration::ZERO,
+            Wait::AtMost(bound) => bound,
+        };
+        if !self.gpu.wait(&flight.index, bound, || flight.signal.get() != 0)? {
+            return Ok(Poll::Pending);
+        }
+        match flight.signal.get() {
+            Signal::FAILED => Err(self.gpu.lost("what was read could not be mapped")),
+            _ => Ok(Poll::Ready(())),
+        }
+    }
+
+    fn output(&mut self) -> Result<&[f32]> {
+        self.output.clear();
+        let Some(flight) = self.flight.take_if(|flight| flight.signal.get() == Signal::DONE) else {
+            return Err(self.gpu.owner.error("an output was asked for before there was one"));
+        };
+        if flight.bytes > 0 {
+            let view = self.staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
+            let mut values: &[f32] = bytemuck::cast_slice(&view);
+            for part in &self.segments[flight.segment].read {
+                let rows;
+                (rows, values) = values.split_at(flight.rows * part.stride());
+                for row in rows.chunks_exact(part.stride().max(1)) {
+                    self.output.extend_from_slice(&row[..part.width]);
+                }
+            }
+            drop(view);
+            self.staging.unmap();
+        }
+        self.counts.bytes_read += size_of_val(&self.output[..]) as u64;
+        Ok(&self.output)
+    }
+
+    fn counts(&self) -> PlaceCounts {
+        self.counts
+    }
+
+    fn weight_bytes(&self) -> Vec<u64> {
+        self.weight_bytes.clone()
+    }
+}
+
+fn owner(device: &Device, assignment: &Assignment<'_>) -> Owner {
+    Owner { stage: assignment.stage, ranks: assignment.ranks.clone(), device: device.to_string() }
+}
+
+/// Bytes of the staging buffer that a segment needs.
+fn read_bytes(parts: &[Activation], rows: usize, wanted: usize) -> u64 {
+    let rows = |of| if of == crate::plan::Rows::All { rows } else { wanted };
+    parts.iter().map(|part| 4 * (rows(part.rows) * part.stride()) as u64).sum()
+}

@@ -1,0 +1,87 @@
+//! What an adapter can take: how large buffers may be, and so how many rows and pages fit.
+
+use super::adapters::Adapter;
+use super::gpu::Owner;
+use crate::backend::{Assignment, BLOCK, Room};
+use crate::device::Device;
+use crate::error::Result;
+use crate::partition::Dim;
+use crate::plan::{Buf, Rows};
+
+/// The most that one place keeps of keys and values.
+const MOST_KV: u64 = 1 << 30;
+
+/// The largest sizes on an adapter, in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// Of what a kernel sees of a buffer.
+    pub binding: u64,
+    /// Of a buffer.
+    pub buffer: u64,
+    /// Of a workgroup's memory.
+    workgroup: usize,
+}
+
+impl Bounds {
+    pub(super) fn of(device: &Device, adapter: &Adapter) -> Self {
+        let limits = &adapter.limits;
+        let pretended = device.limits().map_or(u64::MAX, |l| l.largest_binding);
+        // Bindings start and end at multiples of 256, so that a limit of 2^31 - 1 means a little less.
+        let binding = limits.max_storage_buffer_binding_size.min(limits.max_buffer_size).min(pretended) / 256 * 256;
+        Self { binding, buffer: limits.max_buffer_size, workgroup: limits.max_compute_workgroup_storage_size as usize }
+    }
+}
+
+/// Elements from one row of an activation to the next: kernels read rows in vectors of 4.
+pub(super) fn stride(width: usize) -> usize {
+    width.next_multiple_of(4)
+}
+
+/// Bytes of a page of one rank: the keys, or as many values, of one layer.
+pub(super) fn page_bytes(assignment: &Assignment<'_>, rank: usize) -> u64 {
+    (BLOCK * 4 * assignment.partition.ranks[rank].width(Dim::KvHeads, assignment.config)) as u64
+}
+
+/// The widths of an activation: one where it is shared, else one a hosted rank.
+pub(super) fn widths(assignment: &Assignment<'_>, buf: Buf) -> Vec<usize> {
+    let dim = assignment.plan.bufs[buf.0].dim;
+    let ranks = if dim == Dim::Hidden { &assignment.ranks[..1] } else { &assignment.ranks[..] };
+    ranks.iter().map(|&rank| assignment.partition.ranks[rank].width(dim, assignment.config)).collect()
+}
+
+/// What of `want` fits.
+pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, want: Room) -> Result<Room> {
+    let head_dim = assignment.config.head_dim;
+    // What shaders/attend.wgsl declares: the query, the sums, the shares of a block, and the reduction's vectors.
+    let attention = 8 * head_dim + 4 * BLOCK + 16 * BLOCK;
+    if head_dim % 2 != 0 || attention > bounds.workgroup {
+        let most = bounds.workgroup.saturating_sub(20 * BLOCK) / 8 / 2 * 2;
+        return Err(owner.error(format!("heads of {head_dim} elements cannot be computed; even sizes up to {most} can")));
+    }
+
+    // The rotary angles of a row are an activation of one head's width.
+    let widest = |rows| {
+        let bufs = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].rows == rows);
+        bufs.flat_map(|i| widths(assignment, Buf(i))).map(stride).max().unwrap_or(4).max(stride(head_dim)) as u64
+    };
+    // What a segment reads of all ranks is copied to one buffer.
+    let read = |rows| {
+        let reads = assignment.plan.segments.iter().filter_map(|s| s.read).filter(|b| assignment.plan.bufs[b.0].rows == rows);
+        reads.map(|b| widths(assignment, b).into_iter().map(stride).sum::<usize>()).max().unwrap_or(0).max(1) as u64
+    };
+    let rows = |of: Rows| (bounds.binding / 4 / widest(of)).min(bounds.buffer / 4 / read(of));
+    let pages = || {
+        let bytes: Vec<u64> = assignment.ranks.iter().map(|&rank| page_bytes(assignment, rank).max(1)).collect();
+        let all: u64 = bytes.iter().sum::<u64>() * 2 * assignment.plan.layers.max(1) as u64;
+        bytes.iter().map(|b| bounds.binding / b).min().unwrap_or(0).min(MOST_KV / all)
+    };
+    let most = |wanted: usize, fit: u64, what: &str| match usize::try_from(fit).unwrap_or(usize::MAX).min(wanted) {
+        0 if wanted > 0 => Err(owner.error(format!("not even one {what} fits a binding of {} bytes", bounds.binding))),
+        n => Ok(n),
+    };
+    Ok(Room {
+        rows: most(want.rows, rows(Rows::All), "row of activations")?,
+        wanted: most(want.wanted, rows(Rows::Wanted), "row of logits")?,
+        pages: most(want.pages, pages(), "page of keys")?,
+    })
+}
