@@ -19,18 +19,18 @@ fn main(
         return;
     }
     let pair = index % pairs;
-    let from = row * (shape.stride / 2u) + pair;
+    let source = row * (shape.stride / 2u) + pair;
     let place = positions[row];
-    let to = kv_pair(place.x, place.y, pair / shape.half_head) + pair % shape.half_head;
+    let slot = kv_pair(place.x, place.y, pair / shape.half_head) + pair % shape.half_head;
     if (KV_F16) {
         // What f16 can't hold is indeterminate: the largest it can instead.
         let most = vec2(65504.0);
-        keys[to] = pack2x16float(clamp(k[from], -most, most));
-        values[to] = pack2x16float(clamp(v[from], -most, most));
+        keys[slot] = pack2x16float(clamp(k[source], -most, most));
+        values[slot] = pack2x16float(clamp(v[source], -most, most));
     } else {
-        keys[2u * to] = bitcast<u32>(k[from].x);
-        keys[2u * to + 1u] = bitcast<u32>(k[from].y);
-        values[2u * to] = bitcast<u32>(v[from].x);
-        values[2u * to + 1u] = bitcast<u32>(v[from].y);
+        keys[2u * slot] = bitcast<u32>(k[source].x);
+        keys[2u * slot + 1u] = bitcast<u32>(k[source].y);
+        values[2u * slot] = bitcast<u32>(v[source].x);
+        values[2u * slot + 1u] = bitcast<u32>(v[source].y);
     }
 }

@@ -6,6 +6,17 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// One rank's place in a group that splits every matrix.
+///
+/// ```
+/// use torchless::TensorParallelConfig;
+///
+/// // 2-way tensor parallelism, rank 1
+/// let config = TensorParallelConfig::new(2, 1);
+/// assert_eq!((config.local_size(4096), config.local_offset(4096)), (2048, 2048));
+///
+/// // 10 over 3 is 4, 3, 3
+/// assert_eq!([0, 1, 2].map(|rank| TensorParallelConfig::new(3, rank).local_size(10)), [4, 3, 3]);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorParallelConfig {
     /// Ranks in the group.

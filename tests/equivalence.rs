@@ -1,8 +1,6 @@
 //! Every CPU grid gives the fixtures' logits and greedy texts, and the exact forms the same bits however they are computed.
 
-mod common {
-    pub mod fixture;
-}
+mod common;
 
 use common::fixture;
 use torchless::{Device, InferenceState, ParallelConfig, Parameters, TensorParallelConfig, TensorParallelMistral};

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use torchless::{Matrix, ParallelConfig, TensorParallelConfig, TensorParallelStrategy};
+use torchless::{Matrix, TensorParallelConfig};
 
 fn weights(rows: usize, cols: usize) -> Matrix {
     Matrix::from_f32(rows, cols, (0..rows * cols).map(|i| (i % 7) as f32 - 3.0).collect())
@@ -150,6 +150,7 @@ fn tensor_parallel_strategy() {
             }
         }
     };
+    use torchless::TensorParallelStrategy;
     let all = [TensorParallelStrategy::ColumnParallel, TensorParallelStrategy::RowParallel, TensorParallelStrategy::None];
     assert_eq!(all.map(says), ["output", "input", "none"]);
 }
@@ -195,20 +196,23 @@ fn linears_and_all_reduce() {
 #[test]
 fn tensor_parallel_mlp() {
     let (input, gate_proj, up_proj, down_proj) = (vec![0.25; 6], weights(9, 6), weights(9, 6), weights(6, 9));
-    let run = |tp_config: TensorParallelConfig| {
+    let mut partials = Vec::new();
+    for tp_config in [TensorParallelConfig::default(), TensorParallelConfig::new(2, 0), TensorParallelConfig::new(2, 1)] {
         use torchless::mlp_tensor_parallel;
 
         let output = mlp_tensor_parallel(&input, &gate_proj, &up_proj, &down_proj, &tp_config);
-        output
-    };
-    let whole = run(TensorParallelConfig::default());
-    let halves = torchless::all_reduce_sum(&[0, 1].map(|rank| run(TensorParallelConfig::new(2, rank))));
+
+        partials.push(output);
+    }
+    let (whole, halves) = (&partials[0], torchless::all_reduce_sum(&partials[1..]));
     assert!(whole.iter().any(|v| v.abs() > 0.1), "{whole:?}");
     assert!(whole.iter().zip(&halves).all(|(a, b)| (a - b).abs() < 1e-5), "{whole:?} and {halves:?}");
 }
 
 #[test]
 fn parallel_config() {
+    use torchless::ParallelConfig;
+
     // Default (adaptive matmul, parallel heads)
     let config = ParallelConfig::default();
     assert_eq!(config.tensor, TensorParallelConfig::default());

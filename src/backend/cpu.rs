@@ -9,7 +9,8 @@ use crate::error::Result;
 use crate::kernels::attend::{KvShape, attend, store_kv};
 use crate::kernels::linear::linear_rows;
 use crate::kernels::matrix::Matrix;
-use crate::kernels::pool::{Pool, Scatter, for_each};
+use crate::kernels::parallel::WorkDistributionConfig;
+use crate::kernels::pool::{self, Pool, Scatter, for_each};
 use crate::kernels::{self};
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{Buf, Op, Plan, RowParallel, Rows, SegmentId, WeightShape};
@@ -42,6 +43,13 @@ struct Activation {
     data: Vec<f32>,
 }
 
+/// The threads of a model, and how products are cut for them.
+#[derive(Clone)]
+pub(crate) struct Threads {
+    pub pool: Arc<Pool>,
+    pub work: WorkDistributionConfig,
+}
+
 pub(crate) struct CpuPlace {
     plan: Plan,
     config: Config,
@@ -54,13 +62,14 @@ pub(crate) struct CpuPlace {
     /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
     pages: Vec<Vec<u32>>,
     pool: Arc<Pool>,
+    work: WorkDistributionConfig,
     output: Vec<f32>,
     counts: PlaceCounts,
 }
 
 impl CpuPlace {
     /// Weights stay where they are, in the mapped file; only norms are copied.
-    pub(crate) fn new(assignment: &Assignment<'_>, pool: Arc<Pool>) -> Result<Self> {
+    pub(crate) fn new(assignment: &Assignment<'_>, threads: &Threads) -> Result<Self> {
         let Assignment { plan, config, partition, ranks, .. } = assignment;
         let parts: Vec<_> = ranks.iter().map(|&r| partition.ranks[r].clone()).collect();
         let hold = |i: usize, rank: usize| -> Result<Held> {
@@ -91,7 +100,8 @@ impl CpuPlace {
             weights,
             bufs,
             pages: Vec::new(),
-            pool,
+            pool: threads.pool.clone(),
+            work: threads.work,
             output: Vec::new(),
             counts: PlaceCounts::default(),
         };
@@ -174,7 +184,7 @@ impl CpuPlace {
                     let tasks = (gate.len() * 16).div_ceil(SMALL).max(1);
                     let chunk = gate.len().div_ceil(tasks).max(1);
                     let y = Scatter::new(&mut y.data);
-                    for_each(gate.len().div_ceil(chunk), |task| {
+                    for_each(gate.len().div_ceil(chunk), |task, _| {
                         let range = task * chunk..((task + 1) * chunk).min(gate.len());
                         // SAFETY: tasks have ranges of their own.
                         kernels::swiglu(&gate[range.clone()], &up[range.clone()], unsafe { y.range(range) });
@@ -200,30 +210,27 @@ impl CpuPlace {
 
     /// A chunk of outputs a task. Where the ranks' results are summed, a task adds them up in rank order.
     fn linear(&self, n: usize, x: &[Activation], weights: &[Held], sum: bool, out: &mut [Activation]) {
-        struct Task<'a> {
+        if n == 0 {
+            return;
+        }
+        struct Task {
             ranks: std::ops::Range<usize>,
             rows: std::ops::Range<usize>,
-            out: &'a Scatter<'a, f32>,
-            width: usize,
+            out: usize,
         }
         let inputs: Vec<Vec<&[f32]>> = x.iter().map(|x| rows(&x.data, x.width, n)).collect();
         let input = |rank: usize| &inputs[rank.min(inputs.len() - 1)][..];
-        let widths: Vec<usize> = out.iter().map(|o| o.width).collect();
-        let outs: Vec<Scatter<'_, f32>> = out.iter_mut().map(|o| Scatter::new(&mut o.data)).collect();
         let mut tasks = Vec::new();
-        for (i, (out, &width)) in outs.iter().zip(&widths).enumerate() {
+        for (i, out) in out.iter().enumerate() {
             let ranks = if sum { 0..weights.len() } else { i..i + 1 };
-            let work: usize = ranks.clone().map(|r| weights[r].matrix().cols() * input(r).len()).sum();
-            let chunk = chunk_rows(width, work, self.pool.threads());
-            tasks.extend((0..width).step_by(chunk.max(1)).map(|at| Task {
-                ranks: ranks.clone(),
-                rows: at..(at + chunk).min(width),
-                out,
-                width,
-            }));
+            let work: usize = ranks.clone().map(|r| weights[r].matrix().cols() * n).sum();
+            let chunks = self.work.chunks(&out.data[..out.width], work, pool::threads());
+            tasks.extend(chunks.map(|rows| Task { ranks: ranks.clone(), rows, out: i }));
         }
-        for_each(tasks.len(), |i| {
-            let Task { ranks, rows, out, width } = &tasks[i];
+        let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
+        for_each(tasks.len(), |i, _| {
+            let Task { ranks, rows, out } = &tasks[i];
+            let (width, out) = &outs[*out];
             for rank in ranks.clone() {
                 linear_rows(weights[rank].matrix(), rows.clone(), input(rank), |row, i, dot| {
                     // SAFETY: outputs belong to one task.
@@ -278,7 +285,7 @@ impl CpuPlace {
         };
         let tasks = heads.len() * batch.rows.len();
         let work: usize = batch.rows.iter().map(|r| (r.pos as usize + 1) * head_dim * heads.len()).sum();
-        if work < SMALL { (0..tasks).for_each(task) } else { for_each(tasks, task) }
+        if work < SMALL { (0..tasks).for_each(task) } else { for_each(tasks, |i, _| task(i)) }
     }
 }
 
@@ -349,11 +356,4 @@ fn rows(data: &[f32], width: usize, n: usize) -> Vec<&[f32]> {
 fn locate(batch: &Batch, seq: u32, position: usize) -> (PageId, usize) {
     let (seq, page_len) = (&batch.seqs[seq as usize], batch.kv.page_len());
     (seq.pages[position / page_len - seq.first_page as usize], position % page_len)
-}
-
-/// Outputs a task: enough work each, a few tasks a thread, whole cache lines.
-fn chunk_rows(outputs: usize, work_per_output: usize, threads: usize) -> usize {
-    let by_threads = outputs.div_ceil(4 * threads);
-    let by_work = SMALL.div_ceil(work_per_output.max(1));
-    by_threads.max(by_work).next_multiple_of(16)
 }

@@ -3,15 +3,14 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod wgpu;
 
-use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::backend::cpu::{CpuPlace, Threads};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::matrix::Matrix;
-use crate::kernels::pool::Pool;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, SegmentId, Weight, WeightShape};
 
@@ -177,20 +176,20 @@ impl Assignment<'_> {
 
 /// What `device` can take of `want` for its assignment.
 pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
-    #[cfg(any())]
+    #[cfg(feature = "gpu")]
     if !device.is_cpu() {
         return wgpu::GpuPlace::room(device, assignment, want);
     }
     let _ = (device, assignment);
-    Ok(cpu::CpuPlace::room(want))
+    Ok(CpuPlace::room(want))
 }
 
 /// Opens `device` and loads its assignment.
-pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, pool: &Arc<Pool>) -> Result<Box<dyn Place>> {
-    #[cfg(any())]
+pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, threads: &Threads) -> Result<Box<dyn Place>> {
+    #[cfg(feature = "gpu")]
     if !device.is_cpu() {
         return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
     }
     let _ = (device, room);
-    Ok(Box::new(cpu::CpuPlace::new(assignment, pool.clone())?))
+    Ok(Box::new(CpuPlace::new(assignment, threads)?))
 }

@@ -4,8 +4,9 @@ mod work;
 
 use super::linear::linear_row;
 use super::matrix::Matrix;
+use super::pool::{self, Scatter, for_each};
+use super::swiglu;
 use crate::partition::TensorParallelConfig;
-use work::Chunks;
 pub use work::{WorkDistributionConfig, WorkStealingStats};
 
 /// `weights * input`: `[rows]` of a `[rows, cols]` matrix and `[cols]` values.
@@ -61,63 +62,13 @@ fn matmul_counted(weights: &Matrix, input: &[f32], output: &mut [f32], config: &
     let (rows, cols) = (weights.rows(), weights.cols());
     assert!(input.len() == cols, "an input of {} values does not fit a matrix of {rows} x {cols}: {cols} are needed", input.len());
     assert!(output.len() == rows, "an output of {} values does not fit a matrix of {rows} x {cols}: {rows} are needed", output.len());
-    run_chunks(output, |output, threads| config.chunks(output, cols, threads), stats, &|start, out: &mut [f32]| {
-        linear_row(weights, start..start + out.len(), input, out)
+    let chunks: Vec<_> = config.chunks(output, cols, pool::threads()).collect();
+    let output = Scatter::new(output);
+    for_each(chunks.len(), |i, stolen| {
+        stats.count(stolen);
+        // SAFETY: chunks don't overlap.
+        linear_row(weights, chunks[i].clone(), input, unsafe { output.range(chunks[i].clone()) });
     });
-}
-
-/// Cuts `out` into chunks and runs `work(start, chunk)` on each.
-///
-/// This function is all that the feature `parallel` changes. With it, ranges are halved recursively, and an idle thread
-/// steals the half that was split off last by another; a chunk counts as stolen if the half that begins with it was.
-#[cfg(feature = "parallel")]
-fn run_chunks(
-    out: &mut [f32],
-    cut: impl FnOnce(&[f32], usize) -> Chunks + Send,
-    stats: &WorkStealingStats,
-    work: &(impl Fn(usize, &mut [f32]) + Sync),
-) {
-    fn halve(
-        start: usize,
-        out: &mut [f32],
-        Chunks { first, rest }: Chunks,
-        stolen: bool,
-        stats: &WorkStealingStats,
-        work: &(impl Fn(usize, &mut [f32]) + Sync),
-    ) {
-        if out.len() <= first {
-            stats.count(stolen);
-            return work(start, out);
-        }
-        let after_first = (out.len() - first).div_ceil(rest);
-        let middle = first + (after_first - 1) / 2 * rest;
-        let (head, tail) = out.split_at_mut(middle);
-        rayon::join_context(
-            |_| halve(start, head, Chunks { first, rest }, stolen, stats, work),
-            |context| halve(start + middle, tail, Chunks { first: rest, rest }, context.migrated(), stats, work),
-        );
-    }
-    if out.is_empty() {
-        return;
-    }
-    // The scope enters the pool: a join from outside of one would call its own half migrated.
-    rayon::scope(|_| {
-        let chunks = cut(out, rayon::current_num_threads());
-        halve(0, out, chunks, false, stats, work);
-    });
-}
-
-#[cfg(not(feature = "parallel"))]
-fn run_chunks(out: &mut [f32], cut: impl FnOnce(&[f32], usize) -> Chunks, stats: &WorkStealingStats, work: &impl Fn(usize, &mut [f32])) {
-    let Chunks { first, rest } = cut(out, 1);
-    let (mut start, mut left) = (0, out);
-    while !left.is_empty() {
-        let size = if start == 0 { first } else { rest };
-        let (chunk, behind) = left.split_at_mut(size.min(left.len()));
-        stats.count(false);
-        work(start, chunk);
-        (start, left) = (start + chunk.len(), behind);
-    }
 }
 
 /// This rank's outputs of `weights * input`, from the full matrix and the full input.
@@ -241,11 +192,9 @@ pub fn mlp_tensor_parallel(input: &[f32], gate: &Matrix, up: &Matrix, down: &Mat
         down.rows(),
         down.cols()
     );
-    let mut activated = column_parallel_linear(gate, input, config);
-    let up = column_parallel_linear(up, input, config);
-    for (g, u) in activated.iter_mut().zip(up) {
-        *g = *g / (1.0 + (-*g).exp()) * u;
-    }
+    let (gate, up) = (column_parallel_linear(gate, input, config), column_parallel_linear(up, input, config));
+    let mut activated = vec![0.0; gate.len()];
+    swiglu(&gate, &up, &mut activated);
     matmul(&down.slice(0..down.rows(), config.local_range(channels)), &activated)
 }
 
@@ -384,9 +333,9 @@ mod tests {
         let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let stats = WorkStealingStats::new();
         let meeting = std::sync::Barrier::new(2);
-        let in_two = |_: &[f32], _| Chunks { first: 1, rest: 1 };
         pool(2).install(|| {
-            run_chunks(&mut [0.0; 2], in_two, &stats, &|_, _: &mut [f32]| {
+            for_each(2, |_, stolen| {
+                stats.count(stolen);
                 meeting.wait();
             });
         });
@@ -394,7 +343,7 @@ mod tests {
         assert_eq!(stats.steal_ratio(), 0.5);
 
         let stats = WorkStealingStats::new();
-        pool(1).install(|| run_chunks(&mut [0.0; 100], in_two, &stats, &|_, _: &mut [f32]| ()));
+        pool(1).install(|| for_each(100, |_, stolen| stats.count(stolen)));
         assert_eq!((stats.local_tasks.load(Relaxed), stats.stolen_tasks.load(Relaxed)), (100, 0));
     }
 

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::backend::{self, Assignment, Batch, Numerics, PlaceCounts, Room, Row};
+use crate::backend::cpu::Threads;
+use crate::backend::{self, Assignment, Batch, KvType, Numerics, PlaceCounts, Room, Row};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -145,7 +146,7 @@ fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[Layout]) ->
             for &rank in &assignment.ranks {
                 let weights = (0..layout.plan.weights.len()).map(|i| assignment.weight(crate::plan::Weight(i), rank));
                 let weight_bytes = weights.map(|m| m.map(|m| m.bytes() as u64)).sum::<Result<u64>>()?;
-                let StageInfo { layers, partition } = StageInfo::of(partition, stage, rank);
+                let (layers, partition) = (assignment.partition.layers.clone(), assignment.partition.ranks[rank].clone());
                 infos.push(RankInfo { stage, rank, device: device.label(), layers, partition, weight_bytes });
             }
         }
@@ -154,28 +155,19 @@ fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[Layout]) ->
     Ok(infos)
 }
 
-struct StageInfo {
-    layers: Range<usize>,
-    partition: RankPartition,
-}
-
-impl StageInfo {
-    fn of(partition: &Partition, stage: usize, rank: usize) -> Self {
-        let stage = &partition.stages[stage];
-        Self { layers: stage.layers.clone(), partition: stage.ranks[rank].clone() }
-    }
-}
-
-/// The partition that `config` asks for on `n_devices` devices (one for each rank of each stage).
-fn partition(params: &Parameters, config: &ParallelConfig, stages: usize, n_devices: usize) -> Result<Partition> {
+/// Ranks of each stage where the device list is cut into equal groups, one a stage.
+///
+/// # Errors
+/// An empty list, or one that the stages don't divide.
+pub(crate) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> {
     if n_devices == 0 {
         return Err(Error::NoDevices);
     }
-    if stages == 0 || n_devices % stages != 0 {
+    if stages == 0 || !n_devices.is_multiple_of(stages) {
         let right = "give every stage as many devices as the others".to_owned();
         return Err(Error::Stages { stages, what: format!("{n_devices} devices"), right });
     }
-    Partition::new(params.config(), stages, n_devices / stages, config.shares.as_deref(), 1)
+    Ok(n_devices / stages)
 }
 
 /// What loading `params` onto `devices` will do, without loading anything. The list is cut into equal groups, one a stage.
@@ -184,8 +176,9 @@ fn partition(params: &Parameters, config: &ParallelConfig, stages: usize, n_devi
 /// What makes the grid impossible: see [`Partition::new`].
 pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
     let stages = config.stages.unwrap_or(1);
-    let partition = partition(params, config, stages, devices.len())?;
-    let local: Vec<usize> = (0..devices.len() / stages).collect();
+    let world = ranks_per_stage(devices.len(), stages)?;
+    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+    let local: Vec<usize> = (0..world).collect();
     let layouts = lay_out(params, &partition, &local, devices, 1);
     let ranks = rank_infos(params, &partition, &layouts)?;
     Ok(PlanSummary {
@@ -207,16 +200,16 @@ impl Grid {
         devices: &[Device],
         collective: Arc<dyn Collective>,
     ) -> Result<Self> {
-        let here = devices.len().max(stages * local.len());
-        let partition = partition(&params, config, stages, here * collective.size())?;
+        let world = config.tensor.world_size;
+        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
         let layouts = lay_out(&params, &partition, local, devices, collective.size());
         let ranks = rank_infos(&params, &partition, &layouts)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
         let trace = Arc::new(Trace::new(rows));
-        let pool = Arc::new(Pool::new(config.threads)?);
+        let threads = Threads { pool: Arc::new(Pool::new(config.threads)?), work: config.work };
         let tensor = |name: &str| params.tensor(name);
 
-        let mut room = Room { rows: MOST_ROWS, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config)? };
+        let mut room = Room { rows: MOST_ROWS, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
         for (stage, layout) in layouts.iter().enumerate() {
             for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor) {
                 room = room.min(backend::room(device, &assignment, room)?);
@@ -225,7 +218,7 @@ impl Grid {
         let mut built = Vec::new();
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor);
-            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &pool)).collect::<Result<_>>()?;
+            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             built.push(Stage { index, plan: layout.plan.clone(), places, gathered });
         }
@@ -375,17 +368,16 @@ impl Grid {
 }
 
 /// Pages for the positions asked for, or for [`SEQUENCES`] sequences of full length.
-fn wanted_pages(model: &Config, config: &ParallelConfig) -> Result<usize> {
-    let page_len = crate::KvType::F32.page_len();
-    match config.kv_positions {
-        Some(0) => Err(Error::Option { option: "kv_positions", value: "0".into(), right: "the cache needs at least 1 position" }),
-        Some(n) => Ok(n.div_ceil(page_len)),
-        None => {
+fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
+    let page_len = KvType::F32.page_len();
+    config.kv_positions.map_or_else(
+        || {
             let longest = model.max_position_embeddings;
             let positions = model.sliding_window.map_or(longest, |w| longest.min(w.saturating_add(MOST_ROWS)));
-            Ok((positions.div_ceil(page_len) + 1).saturating_mul(SEQUENCES))
-        }
-    }
+            (positions.div_ceil(page_len) + 1).saturating_mul(SEQUENCES)
+        },
+        |positions| positions.div_ceil(page_len),
+    )
 }
 
 /// All members of a group must have the same checkpoint and the same partition, or their sums mean nothing.

@@ -8,10 +8,11 @@ use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::grid::{Grid, How, RankInfo, Want};
+use crate::model::grid::{Grid, How, RankInfo, Want, ranks_per_stage};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
+use crate::partition::TensorParallelConfig;
 
 /// A Mistral-family model whose every matrix is split over ranks.
 ///
@@ -76,11 +77,12 @@ impl TensorParallelMistral {
     }
 
     fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
-        if devices.is_empty() {
-            return Err(Error::NoDevices);
-        }
-        let local: Vec<usize> = (0..devices.len() / stages.max(1)).collect();
-        Ok(Self { grid: Grid::load(params, config, stages, &local, devices, Arc::new(Alone))? })
+        let world = ranks_per_stage(devices.len(), stages)?;
+        let mut config = config.clone().stages(stages);
+        config.tensor = TensorParallelConfig::new(world, 0);
+        config.validate(params.config())?;
+        let local: Vec<usize> = (0..world).collect();
+        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))? })
     }
 
     /// The model's numbers.
@@ -216,5 +218,111 @@ impl TensorParallelMistral {
     /// If the file can't be written.
     pub fn write_trace(&self, path: impl AsRef<Path>) -> Result<()> {
         self.grid.trace().write(path.as_ref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(name: &str) -> Parameters {
+        Parameters::load(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
+    }
+
+    fn load(name: &str, world: usize) -> TensorParallelMistral {
+        TensorParallelMistral::load(params(name), TensorParallelConfig::new(world, 0)).unwrap()
+    }
+
+    fn bits(logits: &[f32]) -> Vec<u32> {
+        logits.iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn token_by_token_and_prefilled_have_the_same_bits() {
+        for (name, world) in [("uneven", 3), ("sliding", 2), ("sharded-f16", 1)] {
+            let model = load(name, world);
+            let ids: Vec<u32> = (0..30).collect();
+            let (mut stepped, mut filled) = (InferenceState::new(model.config()), InferenceState::new(model.config()));
+            ids.iter().for_each(|&id| model.forward(&mut stepped, id, false));
+            model.prefill(&mut filled, &ids).unwrap();
+            assert_eq!(bits(stepped.logits()), bits(filled.logits()), "{name}");
+            assert_eq!((stepped.position(), stepped.tokens()), (30, filled.tokens()), "{name}");
+        }
+    }
+
+    #[test]
+    fn any_rank_of_the_config_answers_with_full_logits() {
+        let ids = [3, 1, 4, 1, 5];
+        let answers = [0, 1, 2].map(|rank| {
+            let model = TensorParallelMistral::load(params("uneven"), TensorParallelConfig::new(3, rank)).unwrap();
+            let mut state = InferenceState::new(model.config());
+            model.prefill(&mut state, &ids).unwrap();
+            assert_eq!(state.logits().len(), model.config().vocab_size);
+            bits(state.logits())
+        });
+        assert!(answers[0] == answers[1] && answers[1] == answers[2]);
+    }
+
+    #[test]
+    fn a_failed_step_leaves_the_state_as_it_was_and_the_model_usable() {
+        let model = load("tied", 2);
+        let mut state = InferenceState::new(model.config());
+        model.prefill(&mut state, &[1, 2, 3]).unwrap();
+        let before = bits(state.logits());
+        assert!(matches!(model.try_forward(&mut state, 300), Err(Error::TokenOutOfRange { token: 300, vocab_size: 300 })));
+        assert_eq!((bits(state.logits()), state.position()), (before, 3));
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| model.forward(&mut state, 300, false)));
+        assert!(panic.unwrap_err().downcast_ref::<String>().unwrap().contains("token 300"));
+        model.forward(&mut state, 4, false);
+        assert_eq!(state.position(), 4);
+    }
+
+    #[test]
+    fn an_f16_cache_stays_within_its_rounding_and_takes_half_the_pages() {
+        let model = load("gqa-headdim", 2);
+        let ids: Vec<u32> = (0..200).map(|i| i * 3 % 384).collect();
+        let [exact, half] = [crate::KvType::F32, crate::KvType::F16].map(|kv| {
+            let mut state = InferenceState::with_kv(model.config(), kv);
+            model.fast_prefill(&mut state, &ids).unwrap();
+            state
+        });
+        let gap = exact.logits().iter().zip(half.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(gap > 0.0 && gap < 0.05, "{gap}");
+        assert_eq!((exact.kv_pages(), half.kv_pages()), (4, 2));
+        drop((exact, half));
+        assert_eq!(model.kv_pages_held(), 0);
+    }
+
+    #[test]
+    fn many_threads_share_a_model_even_inside_a_callers_own_pool() {
+        let model = load("tiny-mistral", 2);
+        let run = |seed: u32| {
+            let mut state = InferenceState::new(model.config());
+            let ids: Vec<u32> = (0..20).map(|i| (i * seed) % 320).collect();
+            model.prefill(&mut state, &ids).unwrap();
+            bits(state.logits())
+        };
+        let alone: Vec<_> = (1..=8).map(run).collect();
+        let shared = std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..=8).map(|seed| scope.spawn(move || run(seed))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(alone, shared);
+        #[cfg(feature = "parallel")]
+        {
+            use rayon::prelude::*;
+            let inside: Vec<_> = (1..=8u32).into_par_iter().map(run).collect();
+            assert_eq!(alone, inside);
+        }
+    }
+
+    #[test]
+    fn what_callers_share_between_threads_is_send_and_sync() {
+        fn check<T: Send + Sync>() {}
+        check::<TensorParallelMistral>();
+        check::<Parameters>();
+        check::<Device>();
+        check::<InferenceState>();
+        check::<Error>();
     }
 }

@@ -11,3 +11,6 @@ mod shaders;
 mod weights;
 
 pub(crate) use place::GpuPlace;
+
+#[cfg(test)]
+mod tests;

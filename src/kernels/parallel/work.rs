@@ -1,5 +1,6 @@
 //! How the rows of a product become tasks: [`WorkDistributionConfig`] cuts them, [`WorkStealingStats`] counts who ran them.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Fewest elements that are worth a task of their own: some 10 us of one core's memory bandwidth, several times what stealing costs.
@@ -66,8 +67,8 @@ impl WorkDistributionConfig {
         Self { min_chunk_size: (TASK_ELEMENTS / head).clamp(1, max_chunk_size), max_chunk_size, ..Self::default() }
     }
 
-    /// The chunks of `out`, the product of a matrix with `cols` columns, for so many threads.
-    pub(super) fn chunks(&self, out: &[f32], cols: usize, threads: usize) -> Chunks {
+    /// The chunks of `out`, whose every element takes `cols` multiplications, for so many threads.
+    pub(crate) fn chunks(&self, out: &[f32], cols: usize, threads: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let max = self.max_chunk_size.max(1);
         let min = self.min_chunk_size.clamp(1, max);
         let tasks = threads.max(1).saturating_mul(self.tasks_per_thread.max(1));
@@ -87,7 +88,9 @@ impl WorkDistributionConfig {
             }
         };
         let past_border = out.as_ptr().addr() / size_of::<f32>() % line;
-        Chunks { first: fit((line - past_border) % line), rest: fit(0) }
+        let (first, rest, n) = (fit((line - past_border) % line), fit(0), out.len());
+        std::iter::successors(Some(0..first.min(n)), move |last| Some(last.end..last.end.saturating_add(rest).min(n)))
+            .take_while(|chunk| !chunk.is_empty())
     }
 
     /// Outputs in a cache line, a power of two.
@@ -95,13 +98,6 @@ impl WorkDistributionConfig {
         let largest = 1 << (usize::BITS - 1);
         self.cache_line_size.checked_next_power_of_two().unwrap_or(largest).max(size_of::<f32>()) / size_of::<f32>()
     }
-}
-
-/// The sizes of chunks: all but the first and the last are of `rest` rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Chunks {
-    pub first: usize,
-    pub rest: usize,
 }
 
 /// What became of the tasks of one or more products: how many there were, and which thread ran them.
@@ -160,16 +156,7 @@ mod tests {
 
     /// Starts and ends of all chunks of `out`.
     fn cut(config: &WorkDistributionConfig, out: &[f32], cols: usize, threads: usize) -> Vec<(usize, usize)> {
-        let Chunks { first, rest } = config.chunks(out, cols, threads);
-        let mut cuts = Vec::new();
-        let mut start = 0;
-        while start < out.len() {
-            let size = if start == 0 { first } else { rest };
-            assert!(size > 0, "{config:?} makes an empty chunk of {} rows", out.len());
-            cuts.push((start, start.saturating_add(size).min(out.len())));
-            start = start.saturating_add(size);
-        }
-        cuts
+        config.chunks(out, cols, threads).map(|chunk| (chunk.start, chunk.end)).collect()
     }
 
     #[test]
@@ -231,7 +218,7 @@ mod tests {
     #[test]
     fn narrower_rows_make_larger_chunks_and_more_threads_smaller_ones() {
         let out = vec![0.0; 32000];
-        let rest = |cols, threads| WorkDistributionConfig::default().chunks(&out, cols, threads).rest;
+        let rest = |cols, threads| WorkDistributionConfig::default().chunks(&out, cols, threads).nth(1).unwrap().len();
         assert!(rest(8, 64) > rest(64, 64) && rest(64, 64) > rest(4096, 64));
         assert!(rest(4096, 2) > rest(4096, 16) && rest(4096, 16) > rest(4096, 100));
     }

@@ -1,0 +1,184 @@
+//! Attention over pages: both cache types, several sequences, windows, uneven heads.
+
+use half::f16;
+
+use super::rig::{Model, Numbers, assert_close, f64s, gpus, linear, matrix, run, tunings};
+use crate::backend::{KvType, Room, Row, Seq};
+use crate::kernels::matrix::DType;
+use crate::partition::{Dim, RankPartition};
+use crate::plan::ColumnParallel;
+
+const HIDDEN: usize = 24;
+
+/// A model of the projections and attention alone.
+fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, ranks: &[std::ops::Range<usize>]) -> Model {
+    let mut numbers = Numbers::new((head_dim + n_heads) as u64);
+    let mut weight = |heads: usize| {
+        let (rows, cols) = (heads * head_dim, HIDDEN);
+        matrix(DType::F32, rows, cols, &numbers.take(rows * cols))
+    };
+    let (q, k, v) = (weight(n_heads), weight(n_kv_heads), weight(n_kv_heads));
+    let mut model = Model::new(HIDDEN, head_dim, n_heads, n_kv_heads, 1).tensor("q", q).tensor("k", k).tensor("v", v).plan(|mut r| {
+        let x = r.input();
+        let q = r.linear(x, "q", Dim::Heads, ColumnParallel);
+        let k = r.linear(x, "k", Dim::KvHeads, ColumnParallel);
+        let v = r.linear(x, "v", Dim::KvHeads, ColumnParallel);
+        let y = r.attend(0, q, k, v);
+        r.all_gather(y)
+    });
+    let group = n_heads / n_kv_heads;
+    let rank = |heads: &std::ops::Range<usize>| RankPartition {
+        heads: heads.clone(),
+        kv_heads: heads.start / group..heads.end.div_ceil(group),
+        channels: 0..1,
+        vocab: 0..1,
+    };
+    model.partition.ranks = ranks.iter().map(rank).collect();
+    model
+}
+
+/// The cache and attention in f64, for one sequence. `x`: `[positions, HIDDEN]`; answers `[positions, heads * head_dim]`.
+fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
+    let config = &model.config;
+    let project = |name: &str| linear(&f64s(x), &model.tensors[&format!("{name}.weight")]);
+    let stored = |values: Vec<f64>| match kv {
+        KvType::F32 => values,
+        KvType::F16 => values.into_iter().map(|v| f16::from_f64(v).to_f64()).collect::<Vec<_>>(),
+    };
+    let (q, k, v) = (project("q"), stored(project("k")), stored(project("v")));
+    let (d, kv_width) = (config.head_dim, config.n_kv_heads * config.head_dim);
+    let group = config.n_heads / config.n_kv_heads;
+    let mut y = vec![0.0; q.len()];
+    for pos in 0..x.len() / HIDDEN {
+        let first = config.sliding_window.map_or(0, |w| (pos + 1).saturating_sub(w));
+        for head in 0..config.n_heads {
+            let at = (pos * config.n_heads + head) * d;
+            let of = |values: &[f64], p: usize| values[p * kv_width + head / group * d..][..d].to_vec();
+            let scores: Vec<f64> =
+                (first..=pos).map(|p| q[at..at + d].iter().zip(of(&k, p)).map(|(q, k)| q * k).sum::<f64>() / (d as f64).sqrt()).collect();
+            let top = scores.iter().copied().fold(f64::MIN, f64::max);
+            let total: f64 = scores.iter().map(|s| (s - top).exp()).sum();
+            for (score, p) in scores.iter().zip(first..) {
+                let share = (score - top).exp() / total;
+                y[at..at + d].iter_mut().zip(of(&v, p)).for_each(|(y, v)| *y += share * v);
+            }
+        }
+    }
+    y
+}
+
+/// The rows of a whole result that a rank reads: rank behind rank, each with its heads.
+fn by_rank(model: &Model, y: &[f64]) -> Vec<f64> {
+    let d = model.config.head_dim;
+    let width = model.config.n_heads * d;
+    let heads = model.partition.ranks.iter().map(|r| r.heads.start * d..r.heads.end * d);
+    heads.flat_map(|h| y.chunks_exact(width).flat_map(move |row| row[h.clone()].to_vec())).collect()
+}
+
+const ROOM: Room = Room { rows: 200, wanted: 1, pages: 9 };
+
+/// f16 keys shift scores by their rounding; the reference rounds what f64 gives, the device what f32 gives.
+fn tolerance(kv: KvType) -> f64 {
+    match kv {
+        KvType::F32 => 3e-5,
+        KvType::F16 => 3e-3,
+    }
+}
+
+fn rows(seq: u32, positions: std::ops::Range<u32>) -> Vec<Row> {
+    positions.map(|pos| Row { seq, pos }).collect()
+}
+
+#[test]
+fn a_chunk_then_single_positions_see_all_that_came_before() {
+    for device in gpus() {
+        for (tuning, (head_dim, n_heads, n_kv_heads)) in tunings(&device).into_iter().zip([(8, 4, 2), (34, 3, 1), (128, 2, 2)]) {
+            for kv in [KvType::F32, KvType::F16] {
+                let model = model(head_dim, n_heads, n_kv_heads, &[0..n_heads]);
+                let mut place = model.place(&device, tuning, ROOM);
+                let x = Numbers::new(1).take(133 * HIDDEN);
+                let expected = attend(&model, &x, kv);
+                let width = n_heads * head_dim;
+                // Pages in no order.
+                let seq = Seq { pages: vec![4, 7, 0], first_page: 0 };
+                let mut number = 0;
+                for chunk in [0..130, 130..131, 131..133] {
+                    number += 1;
+                    let batch = model.batch(number, rows(0, chunk.start..chunk.end), vec![seq.clone()], kv);
+                    let (start, end) = (chunk.start as usize, chunk.end as usize);
+                    let found = run(&mut place, &batch, &x[start * HIDDEN..end * HIDDEN]);
+                    let what = format!("{device} {tuning:?} {kv:?} heads of {head_dim}, {chunk:?}");
+                    assert_close(&found, &expected[start * width..end * width], tolerance(kv), &what);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_window_hides_what_lies_before_it_and_its_pages_may_be_gone() {
+    for device in gpus() {
+        for (window, kv) in [(1, KvType::F32), (70, KvType::F32), (70, KvType::F16), (64, KvType::F32)] {
+            let mut model = model(8, 2, 1, &[0..2]);
+            model.config.sliding_window = Some(window);
+            let mut place = model.on(&device, ROOM).unwrap();
+            let x = Numbers::new(9).take(203 * HIDDEN);
+            let expected = attend(&model, &x, kv);
+            let all = Seq { pages: vec![5, 1, 2, 3], first_page: 0 };
+            let found = run(&mut place, &model.batch(1, rows(0, 0..200), vec![all.clone()], kv), &x[..200 * HIDDEN]);
+            assert_close(&found, &expected[..200 * 16], tolerance(kv), &format!("{device} window {window}"));
+            // Position 200 sees 131 and later at most: the first page of f16 (128 positions), two of f32, are out of sight.
+            let first = 131 / kv.page_len();
+            let seq = Seq { pages: all.pages[first..].to_vec(), first_page: first as u32 };
+            let found = run(&mut place, &model.batch(2, rows(0, 200..203), vec![seq], kv), &x[200 * HIDDEN..]);
+            assert_close(&found, &expected[200 * 16..], tolerance(kv), &format!("{device} window {window}, freed"));
+        }
+    }
+}
+
+#[test]
+fn sequences_of_one_batch_do_not_see_each_other() {
+    for device in gpus() {
+        let model = model(10, 4, 2, &[0..4]);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let mut numbers = Numbers::new(4);
+        let (a, b) = (numbers.take(71 * HIDDEN), numbers.take(5 * HIDDEN));
+        let (ya, yb) = (attend(&model, &a, KvType::F32), attend(&model, &b, KvType::F32));
+        let seqs = vec![Seq { pages: vec![8, 2], first_page: 0 }, Seq { pages: vec![3], first_page: 0 }];
+        let width = 4 * 10;
+        let first = [rows(0, 0..70), rows(1, 0..4)].concat();
+        let input = [&a[..70 * HIDDEN], &b[..4 * HIDDEN]].concat();
+        let found = run(&mut place, &model.batch(1, first, seqs.clone(), KvType::F32), &input);
+        assert_close(&found, &[&ya[..70 * width], &yb[..4 * width]].concat(), 3e-5, &device.to_string());
+        let second = [rows(0, 70..71), rows(1, 4..5)].concat();
+        let input = [&a[70 * HIDDEN..], &b[4 * HIDDEN..]].concat();
+        let found = run(&mut place, &model.batch(2, second, seqs, KvType::F32), &input);
+        assert_close(&found, &[&ya[70 * width..], &yb[4 * width..]].concat(), 3e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn ranks_with_uneven_heads_share_the_head_at_their_border() {
+    for device in gpus() {
+        // 6 heads of 2 groups: the first rank needs both key-value heads, the second only the last.
+        let model = model(12, 6, 2, &[0..4, 4..6]);
+        assert_eq!(model.partition.ranks[1].kv_heads, 1..2);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = Numbers::new(6).take(30 * HIDDEN);
+        let batch = model.batch(1, rows(0, 0..30), vec![Seq { pages: vec![6], first_page: 0 }], KvType::F32);
+        let expected = by_rank(&model, &attend(&model, &x, KvType::F32));
+        assert_close(&run(&mut place, &batch, &x), &expected, 3e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn heads_of_512_fit() {
+    for device in gpus() {
+        let model = model(512, 1, 1, &[0..1]);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = Numbers::new(8).take(3 * HIDDEN);
+        let batch = model.batch(1, rows(0, 0..3), vec![Seq { pages: vec![0], first_page: 0 }], KvType::F16);
+        let expected = attend(&model, &x, KvType::F16);
+        assert_close(&run(&mut place, &batch, &x), &expected, tolerance(KvType::F16), &device.to_string());
+    }
+}

@@ -1,0 +1,111 @@
+//! Limits and losses are errors that say what happened.
+
+use super::rig::{Model, Numbers, ROOM, gpus, matrix, run, try_run};
+use crate::backend::wgpu::GpuPlace;
+use crate::backend::{Place, Room};
+use crate::error::Error;
+use crate::kernels::matrix::DType;
+use crate::partition::Dim;
+use crate::plan::ColumnParallel;
+
+/// A linear layer of `hidden` to `channels`.
+fn model(hidden: usize, channels: usize) -> Model {
+    let weight = matrix(DType::F32, channels, hidden, &Numbers::new(1).take(hidden * channels));
+    Model::new(hidden, 2, 1, 1, channels).tensor("up", weight).plan(|mut r| {
+        let x = r.input();
+        let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+        r.all_gather(y)
+    })
+}
+
+#[test]
+fn a_destroyed_device_is_lost_and_others_carry_on() {
+    for device in gpus() {
+        let model = model(8, 8);
+        let (mut lost, mut other) = (model.on(&device, ROOM).unwrap(), model.on(&device, ROOM).unwrap());
+        let (batch, x) = (model.rows(1, 1), [1.0; 8]);
+        let expected = run(&mut lost, &batch, &x);
+        lost.destroy();
+        let error = try_run(&mut lost, &batch, &x).unwrap_err();
+        let Error::DeviceLost { stage: 0, ranks, device: name, reason } = &error else { panic!("{device}: {error:?}") };
+        assert_eq!((&ranks[..], name), (&[0][..], &device.to_string()));
+        assert!(!reason.is_empty(), "{device}");
+        assert!(matches!(try_run(&mut lost, &batch, &x), Err(Error::DeviceLost { .. })), "{device}: lost devices stay lost");
+        assert_eq!(run(&mut other, &batch, &x), expected, "{device}");
+        assert_eq!(run(&mut model.on(&device, ROOM).unwrap(), &batch, &x), expected, "{device}: opened again");
+    }
+}
+
+#[test]
+fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
+    for device in gpus() {
+        let model = model(64, 64);
+        let mut place = model.on(&device, ROOM).unwrap();
+        place.launch(crate::plan::SegmentId(0), &model.rows(1, 100), Some(&vec![1.0; 6400])).unwrap();
+        place.destroy();
+        let outcome = (0..100).find_map(|_| match place.poll(crate::backend::Wait::AtMost(std::time::Duration::from_millis(50))) {
+            Ok(std::task::Poll::Pending) => None,
+            Ok(std::task::Poll::Ready(())) => Some(place.output().map(<[f32]>::len)),
+            Err(e) => Some(Err(e)),
+        });
+        assert!(matches!(outcome, Some(Err(Error::DeviceLost { .. }))), "{device}: {outcome:?}");
+    }
+}
+
+#[test]
+fn a_row_larger_than_a_binding_is_refused() {
+    for device in gpus() {
+        let model = model(8, 40_000);
+        let error = model.on(&device.clone().with_binding_limit(64 << 10), ROOM).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("not even one row of activations fits a binding of 65536 bytes"), "{device}: {error}");
+    }
+}
+
+#[test]
+fn room_shrinks_to_what_bindings_hold() {
+    for device in gpus() {
+        let want = Room { rows: 4096, wanted: 4096, pages: 1 << 40 };
+        let device = device.with_binding_limit(64 << 10);
+        let model = model(8, 100);
+        let room = model.assign(|a| GpuPlace::room(&device, &a, want)).unwrap();
+        // 100 channels of 4 bytes; a page of one head of 2 is 512 bytes.
+        assert_eq!(room, Room { rows: 163, wanted: 4096, pages: 128 }, "{device}");
+        assert!(model.on(&device, room).is_ok(), "{device}");
+        let error = model.on(&device, Room { rows: 164, ..room }).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("rows: 163"), "{device}: {error}");
+    }
+}
+
+#[test]
+fn heads_too_large_for_a_workgroup_are_refused() {
+    for device in gpus() {
+        let model = Model::new(8, 1 << 20, 1, 1, 1);
+        let error = model.assign(|a| GpuPlace::room(&device, &a, ROOM)).unwrap_err().to_string();
+        assert!(error.contains("heads of 1048576 elements cannot be computed"), "{device}: {error}");
+    }
+}
+
+#[test]
+fn a_batch_that_does_not_fit_is_refused() {
+    for device in gpus() {
+        let model = model(8, 8);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = vec![0.0; 101 * 8];
+        assert!(matches!(try_run(&mut place, &model.rows(1, 101), &x), Err(Error::Device { .. })), "{device}");
+        assert!(matches!(try_run(&mut place, &model.rows(2, 3), &x), Err(Error::Device { .. })), "{device}: input of 101 rows");
+    }
+}
+
+#[test]
+fn a_place_counts_what_it_does() {
+    for device in gpus() {
+        let model = model(9, 7);
+        let mut place = model.on(&device, ROOM).unwrap();
+        run(&mut place, &model.rows(1, 3), &[0.0; 27]);
+        let counts = place.counts();
+        assert_eq!((counts.submissions, counts.ops, counts.dispatches), (1, 1, 1), "{device}");
+        assert_eq!((counts.bytes_written, counts.bytes_read), (4 * 27, 4 * 21), "{device}");
+        assert_eq!(counts.weight_bytes, 4 * 63, "{device}: without padding");
+        assert_eq!(place.ranks(), [0]);
+    }
+}

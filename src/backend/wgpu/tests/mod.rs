@@ -1,0 +1,7 @@
+//! The backend on every adapter at hand, against plain references in f64.
+
+mod attention;
+mod faults;
+mod ops;
+mod rig;
+mod shaders;

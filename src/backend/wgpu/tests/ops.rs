@@ -1,0 +1,216 @@
+//! Each op but attention, on odd sizes.
+
+use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, run, tunings};
+use crate::backend::Place;
+use crate::device::Device;
+use crate::kernels::matrix::DType;
+use crate::partition::{Dim, RankPartition};
+use crate::plan::{ColumnParallel, RowParallel};
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+/// The identity, so that an op can be given any values through a linear layer.
+fn identity(n: usize) -> crate::Matrix {
+    let mut values = vec![0.0; n * n];
+    values.iter_mut().step_by(n + 1).for_each(|v| *v = 1.0);
+    matrix(DType::F32, n, n, &values)
+}
+
+#[test]
+fn rms_norm_divides_by_the_root_of_the_mean_square() {
+    for device in gpus() {
+        for (tuning, dtype) in tunings(&device).into_iter().zip(DTYPES).chain([(tunings(&device)[0], DType::Bf16)]) {
+            for hidden in [5, 64, 131] {
+                let mut numbers = Numbers::new(hidden as u64);
+                let weight = matrix(dtype, 1, hidden, &numbers.take(hidden));
+                let model = Model::new(hidden, 2, 1, 1, 1).tensor("norm", weight.clone()).plan(|mut r| {
+                    let x = r.input();
+                    let y = r.rms_norm(x, "norm");
+                    r.pass(y)
+                });
+                let mut place = model.place(&device, tuning, ROOM);
+                let mut w = vec![0.0; hidden];
+                weight.row_to_f32(0, &mut w);
+                for rows in [1, 3, 70] {
+                    let x = numbers.take(rows * hidden);
+                    let expected: Vec<f64> = f64s(&x)
+                        .chunks_exact(hidden)
+                        .flat_map(|x| {
+                            let mean = x.iter().map(|x| x * x).sum::<f64>() / hidden as f64;
+                            let scale = 1.0 / (mean + 1e-5f32 as f64).sqrt();
+                            x.iter().zip(&w).map(|(x, w)| x * scale * f64::from(*w)).collect::<Vec<_>>()
+                        })
+                        .collect();
+                    let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+                    assert_close(&found, &expected, 1e-5, &format!("{device} {tuning:?} {dtype:?} {rows} x {hidden}"));
+                }
+            }
+        }
+    }
+}
+
+/// A linear layer from `hidden` to `channels` on a device, with any number of rows.
+fn check_linear(device: &Device, dtype: DType, hidden: usize, channels: usize) {
+    for tuning in tunings(device) {
+        let mut numbers = Numbers::new((hidden * channels) as u64);
+        let weight = matrix(dtype, channels, hidden, &numbers.take(channels * hidden));
+        let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+            let x = r.input();
+            let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+            r.all_gather(y)
+        });
+        let mut place = model.place(device, tuning, ROOM);
+        for rows in [1, 3, 8, 70] {
+            let x = numbers.take(rows * hidden);
+            let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+            let what = format!("{device} {tuning:?} {dtype:?} {rows} rows of {hidden} to {channels}");
+            assert_close(&found, &linear(&f64s(&x), &weight), 2e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn linear_multiplies_by_weights_of_every_dtype_for_one_row_and_many() {
+    for device in gpus() {
+        for dtype in DTYPES {
+            check_linear(&device, dtype, 67, 35);
+        }
+        check_linear(&device, DType::F32, 4, 130);
+    }
+}
+
+#[test]
+fn a_matrix_larger_than_a_binding_is_computed_in_blocks() {
+    for device in gpus() {
+        // 64 KiB are 81 rows of 201 f32s.
+        check_linear(&device.clone().with_binding_limit(64 << 10), DType::F32, 201, 170);
+        check_linear(&device.with_binding_limit(64 << 10), DType::F16, 201, 170);
+    }
+}
+
+#[test]
+fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
+    let (hidden, channels) = (37, 30);
+    // Uneven shares, some of nothing, first or last.
+    let cuts: [&[std::ops::Range<usize>]; 4] = [&[0..30], &[0..17, 17..30], &[0..0, 0..13, 13..30], &[0..11, 11..30, 30..30]];
+    for device in gpus() {
+        for cut in cuts {
+            let mut numbers = Numbers::new(7);
+            let up = matrix(DType::Bf16, channels, hidden, &numbers.take(channels * hidden));
+            let down = matrix(DType::F16, hidden, channels, &numbers.take(channels * hidden));
+            let mut model = Model::new(hidden, 2, 1, 1, channels).tensor("up", up.clone()).tensor("down", down.clone()).plan(|mut r| {
+                let x = r.input();
+                let h = r.linear(x, "up", Dim::Channels, ColumnParallel);
+                let y = r.linear(h, "down", Dim::Hidden, RowParallel);
+                r.pass(y)
+            });
+            let whole = model.partition.ranks[0].clone();
+            model.partition.ranks = cut.iter().map(|c| RankPartition { channels: c.clone(), ..whole.clone() }).collect();
+            let mut place = model.on(&device, ROOM).unwrap();
+            for rows in [1, 20] {
+                let x = numbers.take(rows * hidden);
+                let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+                assert_close(&found, &linear(&linear(&f64s(&x), &up), &down), 1e-4, &format!("{device} {cut:?} {rows}"));
+            }
+            let expected: Vec<u64> = cut.iter().map(|c| (c.len() * hidden * 4) as u64).collect();
+            assert_eq!(place.weight_bytes(), expected, "{device} {cut:?}");
+        }
+    }
+}
+
+#[test]
+fn sharded_results_are_read_rank_behind_rank() {
+    for device in gpus() {
+        let (hidden, channels) = (6, 7);
+        let mut numbers = Numbers::new(3);
+        let weight = matrix(DType::F32, channels, hidden, &numbers.take(channels * hidden));
+        let mut model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+            let x = r.input();
+            let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+            r.all_gather(y)
+        });
+        let whole = model.partition.ranks[0].clone();
+        let cuts = [0..3, 3..3, 3..7];
+        model.partition.ranks = cuts.iter().map(|c| RankPartition { channels: c.clone(), ..whole.clone() }).collect();
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = numbers.take(2 * hidden);
+        let expected: Vec<f64> = cuts.iter().flat_map(|c| linear(&f64s(&x), &weight.slice(c.clone(), 0..hidden))).collect();
+        assert_close(&run(&mut place, &model.rows(1, 2), &x), &expected, 1e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn rope_turns_each_pair_by_the_rows_angles() {
+    for device in gpus() {
+        let (head_dim, heads, rows) = (6, 3, 17);
+        let width = head_dim * heads;
+        let model = Model::new(width, head_dim, heads, heads, 1).tensor("q", identity(width)).plan(|mut r| {
+            let x = r.input();
+            let q = r.linear(x, "q", Dim::Heads, ColumnParallel);
+            r.rope(q);
+            r.all_gather(q)
+        });
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = Numbers::new(5).take(rows * width);
+        let batch = model.rows(1, rows);
+        let mut expected = f64s(&x);
+        let half = head_dim / 2;
+        for (row, x) in expected.chunks_exact_mut(width).enumerate() {
+            let angles = &batch.rope[row * head_dim..][..head_dim];
+            for head in x.chunks_exact_mut(head_dim) {
+                for i in 0..half {
+                    let (c, s) = (f64::from(angles[i]), f64::from(angles[half + i]));
+                    let (a, b) = (head[i], head[i + half]);
+                    (head[i], head[i + half]) = (a * c - b * s, b * c + a * s);
+                }
+            }
+        }
+        assert_close(&run(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
+    }
+}
+
+#[test]
+fn swiglu_holds_for_inputs_of_any_size() {
+    for device in gpus() {
+        let width = 13;
+        let model = Model::new(width, 2, 1, 1, width).tensor("gate", identity(width)).tensor("up", identity(width)).plan(|mut r| {
+            let x = r.input();
+            let gate = r.linear(x, "gate", Dim::Channels, ColumnParallel);
+            let up = r.linear(x, "up", Dim::Channels, ColumnParallel);
+            let y = r.swiglu(gate, up);
+            r.all_gather(y)
+        });
+        let mut place = model.on(&device, ROOM).unwrap();
+        let mut x = Numbers::new(11).take(5 * width);
+        // Where exp would overflow if it were taken of the wrong sign.
+        x[..8].copy_from_slice(&[0.0, 1000.0, -1000.0, 90.0, -90.0, -20.0, 1e-6, -1e-6]);
+        let expected: Vec<f64> = f64s(&x).iter().map(|g| g / (1.0 + (-g).exp()) * g).collect();
+        assert_close(&run(&mut place, &model.rows(1, 5), &x), &expected, 1e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn add_sums_and_take_rows_picks_the_wanted() {
+    for device in gpus() {
+        let width = 9;
+        let model = Model::new(width, 2, 1, 1, width).tensor("double", identity(width)).plan(|mut r| {
+            let x = r.input();
+            let y = r.linear(x, "double", Dim::Hidden, crate::TensorParallelStrategy::None);
+            r.add(x, y);
+            let wanted = r.take_rows(x);
+            r.pass(wanted)
+        });
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = Numbers::new(2).take(40 * width);
+        let mut batch = model.rows(1, 40);
+        batch.wanted = vec![0, 17, 39];
+        let expected: Vec<f64> = batch.wanted.iter().flat_map(|&r| f64s(&x[r as usize * width..][..width])).map(|x| 2.0 * x).collect();
+        assert_close(&run(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
+
+        // None wanted: the rest runs, nothing is read.
+        let before = place.counts();
+        let batch = crate::backend::Batch { wanted: vec![], number: 2, ..batch };
+        assert_eq!(run(&mut place, &batch, &x), [0.0; 0], "{device}");
+        assert_eq!(place.counts().ops - before.ops, 2, "{device}");
+    }
+}

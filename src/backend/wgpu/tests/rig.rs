@@ -1,0 +1,192 @@
+//! What the tests share: adapters, small models of a few ops, and their numbers.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use half::{bf16, f16};
+use memmap2::MmapMut;
+
+use crate::backend::wgpu::GpuPlace;
+use crate::backend::wgpu::shaders::{Reduce, Tuning};
+use crate::backend::{Assignment, Batch, KvType, Numerics, Place, Room, Row, Seq, Wait};
+use crate::config::Config;
+use crate::device::{Device, devices};
+use crate::error::Result;
+use crate::kernels::matrix::{DType, Matrix};
+use crate::partition::{RankPartition, StagePartition};
+use crate::plan::{Plan, Recorder, SegmentId};
+
+/// Every adapter of this machine. Where there is none, says so, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
+pub(super) fn gpus() -> Vec<Device> {
+    let gpus: Vec<Device> = devices().into_iter().filter(|d| !d.is_cpu()).collect();
+    if gpus.is_empty() {
+        assert!(std::env::var("TORCHLESS_REQUIRE_GPU").map_or(true, |v| v != "1"), "TORCHLESS_REQUIRE_GPU=1, but no adapter was found");
+        eprintln!("SKIPPED: gpu:0 is missing: no adapter was found");
+    }
+    gpus
+}
+
+/// Every way to reduce that an adapter can.
+pub(super) fn tunings(device: &Device) -> Vec<Tuning> {
+    let mut all = vec![Tuning { reduce: Reduce::Workgroup, lanes: 64 }, Tuning { reduce: Reduce::Workgroup, lanes: 8 }];
+    if device.adapter().unwrap().features.contains(wgpu::Features::SUBGROUP) {
+        all.push(Tuning { reduce: Reduce::Subgroup, lanes: 64 });
+    }
+    all
+}
+
+/// Numbers without a pattern, of about [-1, 1].
+pub(super) struct Numbers(u64);
+
+impl Numbers {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(super) fn take(&mut self, n: usize) -> Vec<f32> {
+        (0..n)
+            .map(|_| {
+                self.0 ^= self.0 << 13;
+                self.0 ^= self.0 >> 7;
+                self.0 ^= self.0 << 17;
+                (self.0 >> 40) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+}
+
+/// A matrix of these values in a dtype, as if mapped from a file.
+pub(super) fn matrix(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Matrix {
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => bytemuck::cast_slice(values).to_vec(),
+        DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        DType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+    };
+    let mut map = MmapMut::map_anon(bytes.len().max(1)).unwrap();
+    map[..bytes.len()].copy_from_slice(&bytes);
+    Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
+}
+
+/// `x weight^T` in f64: `[rows, out]` of `[rows, in]`.
+pub(super) fn linear(x: &[f64], weight: &Matrix) -> Vec<f64> {
+    let mut row = vec![0.0; weight.cols()];
+    let mut y = vec![0.0; x.len() / weight.cols() * weight.rows()];
+    for out in 0..weight.rows() {
+        weight.row_to_f32(out, &mut row);
+        for (r, x) in x.chunks_exact(weight.cols()).enumerate() {
+            y[r * weight.rows() + out] = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
+        }
+    }
+    y
+}
+
+pub(super) fn f64s(values: &[f32]) -> Vec<f64> {
+    values.iter().map(|v| f64::from(*v)).collect()
+}
+
+#[track_caller]
+pub(super) fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    for (i, (f, e)) in found.iter().zip(expected).enumerate() {
+        let error = (f64::from(*f) - e).abs();
+        assert!(error <= tolerance * (1.0 + e.abs()), "{what}: value {i} is {f}, not {e} (tolerance {tolerance})");
+    }
+}
+
+/// A model of a few ops, with its weights and ranks.
+pub(super) struct Model {
+    pub config: Config,
+    pub partition: StagePartition,
+    pub plan: Plan,
+    pub tensors: HashMap<String, Matrix>,
+}
+
+impl Model {
+    /// One layer on one rank, without weights.
+    pub(super) fn new(hidden: usize, head_dim: usize, n_heads: usize, n_kv_heads: usize, channels: usize) -> Self {
+        let config = Config {
+            vocab_size: 50,
+            hidden_size: hidden,
+            intermediate_size: channels,
+            n_layers: 1,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            max_position_embeddings: 4096,
+            sliding_window: None,
+            tie_word_embeddings: false,
+        };
+        let whole = RankPartition { heads: 0..n_heads, kv_heads: 0..n_kv_heads, channels: 0..channels, vocab: 0..50 };
+        let partition = StagePartition { layers: 0..1, ranks: vec![whole] };
+        Self { config, partition, plan: Plan::default(), tensors: HashMap::new() }
+    }
+
+    pub(super) fn plan(mut self, record: impl FnOnce(Recorder) -> Plan) -> Self {
+        self.plan = record(Recorder::new(true));
+        self
+    }
+
+    pub(super) fn tensor(mut self, name: &str, matrix: Matrix) -> Self {
+        self.tensors.insert(format!("{name}.weight"), matrix);
+        self
+    }
+
+    /// Calls `with` with the assignment of all ranks.
+    pub(super) fn assign<T>(&self, with: impl FnOnce(Assignment<'_>) -> T) -> T {
+        let tensor = |name: &str| Ok(self.tensors[name].clone());
+        with(Assignment {
+            stage: 0,
+            ranks: (0..self.partition.ranks.len()).collect(),
+            plan: &self.plan,
+            config: &self.config,
+            partition: &self.partition,
+            tensor: &tensor,
+        })
+    }
+
+    pub(super) fn place(&self, device: &Device, tuning: Tuning, room: Room) -> GpuPlace {
+        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning)).unwrap()
+    }
+
+    pub(super) fn on(&self, device: &Device, room: Room) -> Result<GpuPlace> {
+        self.assign(|assignment| GpuPlace::new(device, assignment, room))
+    }
+
+    /// A batch of `rows` positions of one sequence, from 0, whose logits are all wanted.
+    pub(super) fn rows(&self, number: u64, rows: usize) -> Batch {
+        let pages = (0..rows.div_ceil(64) as u32).collect();
+        let rows = (0..rows as u32).map(|pos| Row { seq: 0, pos }).collect();
+        self.batch(number, rows, vec![Seq { pages, first_page: 0 }], KvType::F32)
+    }
+
+    pub(super) fn batch(&self, number: u64, rows: Vec<Row>, seqs: Vec<Seq>, kv: KvType) -> Batch {
+        let half = self.config.head_dim / 2;
+        let rope = rows.iter().flat_map(|row| {
+            let angle = move |i: usize| f64::from(row.pos) * 10_000f64.powf(-(i as f64) / half as f64);
+            (0..half).map(move |i| angle(i).cos() as f32).chain((0..half).map(move |i| angle(i).sin() as f32))
+        });
+        let rope = rope.collect();
+        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, rope, kv, numerics: Numerics::Exact }
+    }
+}
+
+pub(super) const ROOM: Room = Room { rows: 100, wanted: 100, pages: 12 };
+
+/// Launches the plan's only segment, waits, and reads.
+pub(super) fn run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Vec<f32> {
+    try_run(place, batch, input).unwrap()
+}
+
+pub(super) fn try_run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
+    place.launch(SegmentId(0), batch, Some(input))?;
+    for _ in 0..60 {
+        if let Poll::Ready(()) = place.poll(Wait::AtMost(Duration::from_secs(1)))? {
+            return place.output().map(<[f32]>::to_vec);
+        }
+    }
+    panic!("a launch did not end within a minute");
+}
