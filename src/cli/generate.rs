@@ -77,9 +77,6 @@ pub fn run(args: &Args) -> Outcome {
     let params = Parameters::load(&args.grid.model)?;
     let prompt = params.tokenizer()?.encode(&args.prompt)?;
     let loaded = args.grid.load(&params, prompt.len().saturating_add(args.max_tokens))?;
-    if args.seed.is_none() && !is_greedy && !args.grid.json {
-        note(format_args!("seed {seed}"));
-    }
 
     let fast = args.run.is_fast(true);
     let sampling = SamplerOptions { seed: Some(seed), ..args.sampling() };
@@ -92,11 +89,16 @@ pub fn run(args: &Args) -> Outcome {
     if args.echo {
         show(&args.prompt)?;
     }
+    // With the first token, so that a failure before it is one sentence.
+    let mut untold = args.seed.is_none() && !is_greedy && !args.grid.json;
     let start = Instant::now();
     let tokens: Vec<Token> = args.run.run(&loaded, fast, |state| {
         torchless::generate(&loaded.model, state, &prompt, options)
             .map(|token| {
                 let token = token?;
+                if std::mem::take(&mut untold) {
+                    note(format_args!("seed {seed}"));
+                }
                 show(&token.text)?;
                 Ok(token)
             })
