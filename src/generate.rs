@@ -162,6 +162,17 @@ impl fmt::Display for FinishReason {
 /// tokenizer too, unless there are stops; all texts are then empty.
 ///
 /// The first item is the error if the prompt is empty or cannot be encoded, or an option makes no sense; later ones are the model's.
+///
+/// ```
+/// use torchless::{GenerateOptions, InferenceState, Parameters, TensorParallelConfig, TensorParallelMistral, generate};
+///
+/// let model = TensorParallelMistral::load(Parameters::load("examples/models/tiny-stories")?, TensorParallelConfig::new(2, 0))?;
+/// let mut state = InferenceState::new(model.config());
+/// for token in generate(&model, &mut state, "Lily had a red ball.", GenerateOptions { max_tokens: 20, ..Default::default() }) {
+///     print!("{}", token?.text);
+/// }
+/// # Ok::<(), torchless::Error>(())
+/// ```
 pub fn generate<'a, 'p, M: Model + ?Sized>(
     model: &'a M,
     state: &'a mut InferenceState,

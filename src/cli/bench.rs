@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Outcome {
         return Err(Error::ContextFull { position: 0, wanted: positions, limit }.into());
     }
     let plan = plan_summary(&params, &args.grid.config(&params, positions), &args.grid.devices()?)?;
-    let loaded = args.grid.load(&params, positions)?;
+    let loaded = args.grid.load(&args.run, &params, positions)?;
     let vocab = params.config().vocab_size;
     // Which tokens doesn't matter to the speed, but equal ones would be kind to caches.
     let token = |i: usize| (i.wrapping_mul(7919) % vocab) as u32;

@@ -76,7 +76,7 @@ pub fn run(args: &Args) -> Outcome {
     let is_greedy = args.temperature == 0.0;
     let params = Parameters::load(&args.grid.model)?;
     let prompt = params.tokenizer()?.encode(&args.prompt)?;
-    let loaded = args.grid.load(&params, prompt.len().saturating_add(args.max_tokens))?;
+    let loaded = args.grid.load(&args.run, &params, prompt.len().saturating_add(args.max_tokens))?;
 
     let fast = args.run.is_fast(true);
     let sampling = SamplerOptions { seed: Some(seed), ..args.sampling() };

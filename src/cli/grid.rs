@@ -60,8 +60,10 @@ impl GridArgs {
         config
     }
 
-    /// The model, ready to run, with a KV cache for `positions` at most.
-    pub fn load(&self, params: &Parameters, positions: usize) -> Outcome<Loaded> {
+    /// The model, ready to run as `run` says, with a KV cache for `positions` at most.
+    pub fn load(&self, run: &RunArgs, params: &Parameters, positions: usize) -> Outcome<Loaded> {
+        // Better now than after the work.
+        run.trace.as_deref().map_or(Ok(()), super::files::check_writable)?;
         let start = Instant::now();
         let devices = self.devices()?;
         // Drawn only where stderr is a terminal.
@@ -125,7 +127,6 @@ impl RunArgs {
         let model = &loaded.model;
         let mut state = InferenceState::with_kv(model.config(), self.kv(is_fast));
         let Some(path) = &self.trace else { return work(&mut state) };
-        super::files::check_writable(path)?;
         model.start_trace();
         let result = work(&mut state);
         model.write_trace(path)?;

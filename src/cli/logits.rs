@@ -34,7 +34,7 @@ pub fn run(args: &Args) -> Outcome {
     let tokens = files::read_ids(&args.tokens)?;
     files::check_writable(&args.out)?;
     let params = Parameters::load(&args.grid.model)?;
-    let loaded = args.grid.load(&params, tokens.len())?;
+    let loaded = args.grid.load(&args.run, &params, tokens.len())?;
     let fast = args.run.is_fast(false);
     let logits = args.run.run(&loaded, fast, |state| {
         if fast {
