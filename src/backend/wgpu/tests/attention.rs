@@ -76,7 +76,7 @@ fn by_rank(model: &Model, y: &[f64]) -> Vec<f64> {
     heads.flat_map(|h| y.chunks_exact(width).flat_map(move |row| row[h.clone()].to_vec())).collect()
 }
 
-const ROOM: Room = Room { rows: 200, wanted: 1, pages: 9 };
+const ROOM: Room = Room { rows: 200, wanted: 200, pages: 9 };
 
 /// f16 keys shift scores by their rounding; the reference rounds what f64 gives, the device what f32 gives.
 fn tolerance(kv: KvType) -> f64 {
