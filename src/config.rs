@@ -1,5 +1,17 @@
 //! [`Config`]: the model's numbers, read from `config.json` and checked.
 
+mod keys;
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+pub(crate) use keys::{Keys, open, read_at_most};
+
+/// Most bytes of a `config.json`; those in use have about a thousand.
+pub(crate) const CONFIG_LIMIT: u64 = 1 << 20;
+
 /// The sizes and constants of a model.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -28,4 +40,135 @@ pub struct Config {
     pub sliding_window: Option<usize>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
+}
+
+impl Config {
+    /// Reads and checks a `config.json` of model type `mistral` or `llama`, as any version of transformers writes it.
+    ///
+    /// What has no default here must be there; the defaults are those of transformers. Its `dtype` is not read:
+    /// the checkpoint's files say how their tensors are stored.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Config`] if it isn't JSON, or a value is missing, of the wrong type, out of range or contradicts another;
+    /// [`Error::Unsupported`] if it asks for what torchless doesn't compute.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        Self::from_json(&read_at_most(path, CONFIG_LIMIT)?, path)
+    }
+
+    /// [`Self::load`] from the text of `path`.
+    pub(crate) fn from_json(json: &[u8], path: &Path) -> Result<Self> {
+        let keys = Keys::parse(json, path)?;
+        let windowed = match keys.text("model_type")?.ok_or_else(|| keys.wrong("model_type", "it has no default"))? {
+            "mistral" => true,
+            "llama" => false,
+            other => return Err(unsupported("model_type", other, "\"mistral\" and \"llama\"")),
+        };
+        refuse_unsupported(&keys)?;
+
+        let hidden_size = keys.required_size("hidden_size")?;
+        let n_heads = keys.required_size("num_attention_heads")?;
+        // As `LlamaConfig` has it; `MistralConfig` says 8. A wrong guess shows in the shape of `k_proj`.
+        let n_kv_heads = keys.size("num_key_value_heads")?.unwrap_or(n_heads);
+        if !n_heads.is_multiple_of(n_kv_heads) {
+            return Err(keys.wrong("num_key_value_heads", &format!("it must divide the {n_heads} of num_attention_heads")));
+        }
+        let head_dim = match keys.size("head_dim")? {
+            Some(head_dim) => head_dim,
+            None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
+            None => return Err(keys.wrong("hidden_size", &format!("without head_dim, {n_heads} heads must divide it"))),
+        };
+        if !head_dim.is_multiple_of(2) {
+            return Err(Error::config(path, format!("head_dim is {head_dim}; rotary positions need an even one")));
+        }
+        let config = Self {
+            vocab_size: keys.required_size("vocab_size")?,
+            hidden_size,
+            intermediate_size: keys.required_size("intermediate_size")?,
+            n_layers: keys.required_size("num_hidden_layers")?,
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6),
+            rope_theta: rope_theta(&keys)?,
+            max_position_embeddings: keys.required_size("max_position_embeddings")?,
+            sliding_window: if windowed { sliding_window(&keys)? } else { None },
+            tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+        };
+        let bytes = config.f32_bytes();
+        if bytes > isize::MAX as u128 {
+            return Err(Error::config(path, format!("the sizes multiply to a model of {bytes} bytes, which no memory can hold")));
+        }
+        Ok(config)
+    }
+
+    /// Elements of all query heads: the rows of `q_proj`.
+    pub(crate) fn q_dim(&self) -> usize {
+        self.n_heads * self.head_dim
+    }
+
+    /// Elements of all key-value heads: the rows of `k_proj` and `v_proj`.
+    pub(crate) fn kv_dim(&self) -> usize {
+        self.n_kv_heads * self.head_dim
+    }
+
+    /// Bytes of the weights as f32, the widest type that they can have. Every product that a loader makes is part of it.
+    fn f32_bytes(&self) -> u128 {
+        // Sizes have 32 bits, so a layer stays below 2^99; only the number of layers can take it past 128 bits.
+        let [vocab, hidden, channels, layers, heads, kv_heads, head_dim] =
+            [self.vocab_size, self.hidden_size, self.intermediate_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim]
+                .map(|size| size as u128);
+        let layer = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * channels + 2 * hidden;
+        layer.saturating_mul(layers).saturating_add(2 * vocab * hidden + hidden).saturating_mul(4)
+    }
+}
+
+fn unsupported(what: &'static str, found: impl Into<String>, supported: &'static str) -> Error {
+    Error::Unsupported { what, found: found.into(), supported }
+}
+
+/// What would change the result and isn't computed here.
+fn refuse_unsupported(keys: &Keys) -> Result<()> {
+    match keys.text("hidden_act")? {
+        None | Some("silu") => {}
+        Some(other) => return Err(unsupported("hidden_act", other, "\"silu\"")),
+    }
+    for bias in ["attention_bias", "mlp_bias"] {
+        if keys.flag(bias)? {
+            return Err(unsupported(bias, "true", "linear layers without biases"));
+        }
+    }
+    for (key, supported) in [("rope_scaling", "unscaled rotary positions"), ("quantization_config", "F32, F16 and BF16 weights")] {
+        if let Some(value) = keys.get(key) {
+            let named = ["rope_type", "type", "quant_method"].iter().find_map(|name| value.get(name)?.as_str());
+            return Err(unsupported(key, named.map_or_else(|| keys::shown(value), Into::into), supported));
+        }
+    }
+    Ok(())
+}
+
+/// Transformers 5 writes `rope_parameters`, which win; before, `rope_theta` stood alone, and may be left out.
+fn rope_theta(keys: &Keys) -> Result<f32> {
+    let Some(rope) = keys.object("rope_parameters", "rope_parameters.")? else {
+        return Ok(keys.positive("rope_theta")?.unwrap_or(10_000.0));
+    };
+    match rope.text("rope_type")? {
+        None | Some("default") => {}
+        Some(other) => return Err(unsupported("rope_parameters.rope_type", other, "\"default\"")),
+    }
+    if let Some(part) = rope.get("partial_rotary_factor").filter(|part| part.as_f64() != Some(1.0)) {
+        return Err(unsupported("rope_parameters.partial_rotary_factor", keys::shown(part), "heads that rotate whole"));
+    }
+    match rope.positive("rope_theta")? {
+        Some(theta) => Ok(theta),
+        None => keys.positive("rope_theta")?.ok_or_else(|| rope.wrong("rope_theta", "it has no default")),
+    }
+}
+
+/// Null means no window; for the absent key transformers' `MistralConfig` says 4096.
+fn sliding_window(keys: &Keys) -> Result<Option<usize>> {
+    if keys.get("sliding_window").and_then(Value::as_u64) == Some(0) {
+        return Err(keys.wrong("sliding_window", "null means that there is no window; a window has at least 1 position"));
+    }
+    if keys.has("sliding_window") { keys.size("sliding_window") } else { Ok(Some(4096)) }
 }

@@ -66,7 +66,10 @@ pub struct DeviceLimits {
 enum Kind {
     Cpu,
     #[cfg(feature = "gpu")]
-    Gpu { index: usize, adapter: Arc<Adapter> },
+    Gpu {
+        index: usize,
+        adapter: Arc<Adapter>,
+    },
 }
 
 /// The CPU, or an adapter of the machine. Cheap to clone; nothing is opened until a model is loaded onto it.
@@ -286,8 +289,7 @@ mod tests {
     #[test]
     fn the_cpu_comes_first_and_adapters_are_numbered_in_order() {
         let labels: Vec<String> = devices().iter().map(Device::label).collect();
-        let expected: Vec<String> =
-            std::iter::once("cpu".to_owned()).chain((0..labels.len() - 1).map(|n| format!("gpu:{n}"))).collect();
+        let expected: Vec<String> = std::iter::once("cpu".to_owned()).chain((0..labels.len() - 1).map(|n| format!("gpu:{n}"))).collect();
         assert_eq!(labels, expected);
     }
 

@@ -15,7 +15,7 @@ pub enum Error {
     #[error("cannot {action} {}: {source}", path.display())]
     Io { path: PathBuf, action: &'static str, source: std::io::Error },
 
-    /// `config.json`, `generation_config.json` or the shard index is damaged or contradicts itself.
+    /// `config.json`, `generation_config.json` or the shard index is damaged or contradicts itself, or the directory holds no model.
     #[error("{}: {problem}", path.display())]
     Config { path: PathBuf, problem: String },
 
@@ -27,7 +27,7 @@ pub enum Error {
     #[error("{} is not a sound safetensors file: {problem}", path.display())]
     Checkpoint { path: PathBuf, problem: String },
 
-    /// A tensor is missing, or has the wrong shape or dtype.
+    /// A tensor is missing, has the wrong shape or dtype, or doesn't lie at a multiple of its element's size.
     #[error("tensor {name:?} {problem}")]
     Tensor { name: String, problem: String },
 
@@ -116,6 +116,10 @@ impl Error {
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, action, source }
+    }
+
+    pub(crate) fn config(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Self::Config { path: path.into(), problem: problem.into() }
     }
 
     pub(crate) fn tensor(name: impl Into<String>, problem: impl Into<String>) -> Self {

@@ -2,16 +2,31 @@
 #![allow(dead_code, unused_imports)] // until the engine uses it all
 
 mod backend;
+mod collective;
 mod config;
 mod device;
 mod error;
 mod kernels;
+mod model;
+mod params;
 mod partition;
 mod plan;
+mod trace;
 
 pub use backend::{KvType, PlaceCounts};
+pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use device::{Device, DeviceKind, DeviceLimits, devices};
 pub use error::{Error, Result};
 pub use kernels::matrix::{DType, Matrix};
+pub use kernels::parallel::{
+    WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,
+    matmul_vec_adaptive_into, matmul_vec_adaptive_with_stats, mlp_tensor_parallel, row_parallel_linear,
+};
+pub use model::grid::{PlanSummary, RankInfo, plan_summary};
+pub use model::parallel::TensorParallelMistral;
+pub use model::parallel_config::ParallelConfig;
+pub use model::pipeline::{PipelineConfig, PipelineState};
+pub use model::state::InferenceState;
+pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};

@@ -6,6 +6,17 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 
 /// One rank's place in a group that splits every matrix.
+///
+/// ```
+/// use torchless::TensorParallelConfig;
+///
+/// // 2-way tensor parallelism, rank 1
+/// let config = TensorParallelConfig::new(2, 1);
+/// assert_eq!((config.local_size(4096), config.local_offset(4096)), (2048, 2048));
+///
+/// // 10 over 3 is 4, 3, 3
+/// assert_eq!([0, 1, 2].map(|rank| TensorParallelConfig::new(3, rank).local_size(10)), [4, 3, 3]);
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct TensorParallelConfig {
     /// Ranks in the group.
@@ -205,7 +216,7 @@ fn split(n: usize, shares: &[f64], least: usize) -> Vec<Range<usize>> {
     let spare = n - least * shares.len();
     // What is fixed by `least` counts towards a rank's share.
     let mut sizes = vec![least; shares.len()];
-    let wanted: Vec<f64> = shares.iter().map(|s| (n as f64 * s / total - least as f64).max(0.0)).collect();
+    let wanted: Vec<f64> = shares.iter().map(|s| (n as f64 * (s / total) - least as f64).max(0.0)).collect();
     let scale = spare as f64 / wanted.iter().sum::<f64>().max(f64::MIN_POSITIVE);
     let mut rest = spare;
     let mut order: Vec<(usize, f64)> = Vec::new();
@@ -229,4 +240,191 @@ fn split(n: usize, shares: &[f64], least: usize) -> Vec<Range<usize>> {
             start - size..start
         })
         .collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A model of 6 layers with so many heads of 4 elements.
+    pub(crate) fn sizes(n_heads: usize, n_kv_heads: usize) -> Config {
+        Config {
+            vocab_size: 103,
+            hidden_size: 4 * n_heads,
+            intermediate_size: 200,
+            n_layers: 6,
+            n_heads,
+            n_kv_heads,
+            head_dim: 4,
+            rms_norm_eps: 1e-5,
+            rope_theta: 1e4,
+            max_position_embeddings: 64,
+            sliding_window: None,
+            tie_word_embeddings: false,
+        }
+    }
+
+    fn ranks(config: &Config, shares: &[f64], granule: usize) -> Vec<RankPartition> {
+        let partition = Partition::new(config, 1, shares.len(), Some(shares), granule).unwrap();
+        partition.stages.into_iter().next().unwrap().ranks
+    }
+
+    /// Panics unless the ranges are contiguous, in order, and cover 0..n.
+    fn assert_covers<'a>(ranges: impl IntoIterator<Item = &'a Range<usize>>, n: usize, case: &str) {
+        let end = ranges.into_iter().fold(0, |end, range| {
+            assert!(range.start == end && range.end >= end, "{case}: {range:?} after {end}");
+            range.end
+        });
+        assert_eq!(end, n, "{case}");
+    }
+
+    #[test]
+    fn local_ranges_cover_and_are_balanced() {
+        for n in (0..50).chain([4096, 14336, 32000, usize::MAX]) {
+            for world in (1..20).chain([4096]) {
+                let ranges: Vec<_> = (0..world).map(|rank| TensorParallelConfig::new(world, rank).local_range(n)).collect();
+                assert_covers(&ranges, n, &format!("{n} over {world}"));
+                let (least, most) = (ranges.iter().map(Range::len).min().unwrap(), ranges.iter().map(Range::len).max().unwrap());
+                assert!(most - least <= 1, "{n} over {world}: {least} to {most}");
+            }
+        }
+        let ten_over_three = [0, 1, 2].map(|rank| TensorParallelConfig::new(3, rank));
+        assert_eq!(ten_over_three.map(|c| c.local_size(10)), [4, 3, 3]);
+        assert_eq!(ten_over_three.map(|c| c.local_offset(10)), [0, 4, 7]);
+    }
+
+    #[test]
+    fn a_rank_outside_its_world_owns_nothing_and_is_refused_by_name() {
+        for (world, rank) in [(0, 0), (1, 1), (2, 7), (usize::MAX, usize::MAX)] {
+            assert!(TensorParallelConfig::new(world, rank).local_range(10).is_empty(), "rank {rank} of {world}");
+        }
+        assert!(matches!(TensorParallelConfig::try_new(0, 0), Err(Error::NoRanks)));
+        assert!(matches!(TensorParallelConfig::try_new(2, 2), Err(Error::RankOutOfRange { rank: 2, world_size: 2 })));
+        assert_eq!(TensorParallelConfig::try_new(2, 1).unwrap(), TensorParallelConfig::new(2, 1));
+    }
+
+    #[test]
+    fn equal_shares_are_local_ranges() {
+        for n in (0..300).chain([4096, 14336, 32000, 131_072, 1_000_003]) {
+            for world in 1..=17 {
+                let local: Vec<_> = (0..world).map(|rank| TensorParallelConfig::new(world, rank).local_range(n)).collect();
+                for share in [1.0, 0.1, 1e307, f64::MIN_POSITIVE] {
+                    assert_eq!(split(n, &vec![share; world], 0), local, "{n} over {world} shares of {share}");
+                    if n >= world {
+                        assert_eq!(split(n, &vec![share; world], 1), local, "{n} over {world} shares of {share}, at least 1");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn any_shares_cover_everything_once_and_leave_every_rank_a_head() {
+        let shares: [&[f64]; 9] = [
+            &[1.0],
+            &[3.0, 1.0],
+            &[1.0, 3.0],
+            &[1000.0, 1.0],
+            &[1.0, 1000.0, 1.0],
+            &[1e308, 1e-308],
+            &[1e-300, 1e-300, 1e300, 1e-300],
+            &[0.3, 0.3, 0.3, 0.1],
+            &[5.0, 4.0, 3.0, 2.0, 1.0],
+        ];
+        for (n_heads, n_kv_heads) in [(5, 1), (5, 5), (9, 3), (32, 8), (64, 8)] {
+            let config = sizes(n_heads, n_kv_heads);
+            for (shares, granule) in shares.iter().flat_map(|s| [1, 32, 256].map(|g| (s, g))) {
+                let case = format!("{n_heads}/{n_kv_heads} heads, shares {shares:?}, granules of {granule}");
+                let ranks = ranks(&config, shares, granule);
+                assert_covers(ranks.iter().map(|r| &r.heads), n_heads, &case);
+                assert_covers(ranks.iter().map(|r| &r.channels), config.intermediate_size, &case);
+                assert_covers(ranks.iter().map(|r| &r.vocab), config.vocab_size, &case);
+                let total: f64 = shares.iter().sum();
+                for (rank, share) in ranks.iter().zip(*shares) {
+                    let quota = config.vocab_size as f64 * (share / total);
+                    assert!((rank.vocab.len() as f64 - quota).abs() < 1.0, "{case}: {rank:?}");
+                    assert!(!rank.heads.is_empty(), "{case}: {rank:?}");
+                    let group = n_heads / n_kv_heads;
+                    let needed = rank.heads.start / group..(rank.heads.end - 1) / group + 1;
+                    assert_eq!(rank.kv_heads, needed, "{case}: {rank:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shares_weight_every_dimension() {
+        let config = sizes(32, 8);
+        let [a, b] = ranks(&config, &[3.0, 1.0], 1).try_into().unwrap();
+        assert_eq!((a.heads, b.heads), (0..24, 24..32));
+        assert_eq!((a.kv_heads, b.kv_heads), (0..6, 6..8));
+        assert_eq!((a.channels, b.channels), (0..150, 150..200));
+        assert_eq!((a.vocab, b.vocab), (0..77, 77..103));
+
+        let [a, b] = ranks(&config, &[1000.0, 1.0], 1).try_into().unwrap();
+        assert_eq!((a.heads, b.heads), (0..31, 31..32));
+        assert_eq!((a.channels, b.channels), (0..200, 200..200));
+    }
+
+    #[test]
+    fn key_value_heads_at_a_border_are_held_by_both_neighbours() {
+        let kv = |n_heads, n_kv_heads, world: usize| -> Vec<Range<usize>> {
+            ranks(&sizes(n_heads, n_kv_heads), &vec![1.0; world], 1).into_iter().map(|r| r.kv_heads).collect()
+        };
+        assert_eq!(kv(9, 3, 2), [0..2, 1..3]); // query heads 0..5, 5..9
+        assert_eq!(kv(9, 3, 4), [0..1, 1..2, 1..3, 2..3]); // 0..3, 3..5, 5..7, 7..9
+        assert_eq!(kv(9, 3, 9), [0..1, 0..1, 0..1, 1..2, 1..2, 1..2, 2..3, 2..3, 2..3]);
+        assert_eq!(kv(8, 1, 3), [0..1, 0..1, 0..1]);
+        assert_eq!(kv(6, 6, 4), [0..2, 2..4, 4..5, 5..6]);
+    }
+
+    #[test]
+    fn channels_are_cut_at_granules_and_the_last_takes_the_remainder() {
+        let channels = |world: usize, granule| -> Vec<Range<usize>> {
+            ranks(&sizes(8, 8), &vec![1.0; world], granule).into_iter().map(|r| r.channels).collect()
+        };
+        assert_eq!(channels(2, 32), [0..128, 128..200]); // 6 granules of 32 and one of 8
+        assert_eq!(channels(3, 32), [0..96, 96..160, 160..200]);
+        assert_eq!(channels(2, 256), [0..200, 200..200]);
+    }
+
+    #[test]
+    fn stages_are_contiguous_blocks_of_all_layers() {
+        let config = sizes(8, 2);
+        for stages in 1..=6 {
+            let partition = Partition::new(&config, stages, 2, None, 1).unwrap();
+            assert_covers(partition.stages.iter().map(|s| &s.layers), 6, &format!("{stages} stages"));
+            assert!(partition.stages.iter().all(|s| !s.layers.is_empty() && s.ranks == partition.stages[0].ranks), "{stages} stages");
+        }
+    }
+
+    #[test]
+    fn elements_follow_heads_channels_and_rows() {
+        let config = sizes(9, 3);
+        let rank = ranks(&config, &[1.0, 1.0], 1).pop().unwrap();
+        let elements = [Dim::Hidden, Dim::Heads, Dim::KvHeads, Dim::Channels, Dim::Vocab].map(|dim| rank.range(dim, &config));
+        assert_eq!(elements, [0..36, 20..36, 4..12, 100..200, 52..103]);
+        assert_eq!(rank.width(Dim::KvHeads, &config), 8);
+    }
+
+    #[test]
+    fn grids_that_cannot_be_are_refused_with_the_numbers() {
+        let config = sizes(8, 2);
+        for (stages, ranks, shares, words) in [
+            (1, 0, None, "the world size is 0"),
+            (1, 9, None, "9 ranks cannot share 8 query heads"),
+            (1, usize::MAX, None, "cannot share 8 query heads"),
+            (0, 1, None, "0 stages cannot share 6 layers"),
+            (7, 1, None, "7 stages cannot share 6 layers"),
+            (1, 2, Some(&[1.0][..]), "[1.0] do not fit 2 ranks"),
+            (1, 2, Some(&[1.0, 0.0]), "[1.0, 0.0] do not fit 2 ranks"),
+            (1, 2, Some(&[1.0, -1.0]), "[1.0, -1.0] do not fit 2 ranks"),
+            (1, 2, Some(&[1.0, f64::NAN]), "[1.0, NaN] do not fit 2 ranks"),
+            (1, 2, Some(&[f64::INFINITY, 1.0]), "[inf, 1.0] do not fit 2 ranks"),
+            (1, 2, Some(&[f64::MAX, f64::MAX]), "do not fit 2 ranks"),
+        ] {
+            let message = Partition::new(&config, stages, ranks, shares, 1).expect_err(words).to_string();
+            assert!(message.contains(words), "{message:?} should say {words:?}");
+        }
+    }
 }

@@ -1,16 +1,19 @@
 //! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
 
-#[cfg(feature = "gpu")]
-pub(crate) mod wgpu;
-
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::backend::cpu::{CpuPlace, Threads};
 use crate::config::Config;
+use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::matrix::Matrix;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, SegmentId, Weight, WeightShape};
+
+pub(crate) mod cpu;
+#[cfg(feature = "gpu")]
+pub(crate) mod wgpu;
 
 /// Positions in one block of attention, and in one f32 page.
 pub(crate) const BLOCK: usize = 64;
@@ -168,4 +171,24 @@ impl Assignment<'_> {
         let rank = &self.partition.ranks[rank];
         Ok(whole.slice(rank.range(out, self.config), rank.range(input, self.config)))
     }
+}
+
+/// What `device` can take of `want` for its assignment.
+pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> Result<Room> {
+    #[cfg(feature = "gpu")]
+    if !device.is_cpu() {
+        return wgpu::GpuPlace::room(device, assignment, want);
+    }
+    let _ = (device, assignment); // both unused without feature `gpu`
+    Ok(CpuPlace::room(want))
+}
+
+/// Opens `device` and loads its assignment.
+pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, threads: &Threads) -> Result<Box<dyn Place>> {
+    #[cfg(feature = "gpu")]
+    if !device.is_cpu() {
+        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
+    }
+    let _ = (device, room); // likewise
+    Ok(Box::new(CpuPlace::new(assignment, threads)?))
 }

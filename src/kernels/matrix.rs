@@ -105,7 +105,7 @@ impl Matrix {
         if bytes > file.len() {
             return Err(format!("ends at byte {bytes} of a file of {}", file.len()));
         }
-        if base % dtype.bytes(1) != 0 {
+        if !base.is_multiple_of(dtype.bytes(1)) {
             return Err(format!("starts at byte {base}, which is not a multiple of its element's {} bytes", dtype.bytes(1)));
         }
         Ok(Self { storage: Storage::Mapped(file), dtype, rows, cols, stride: cols, offset: 0, base })

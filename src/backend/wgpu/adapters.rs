@@ -44,10 +44,8 @@ fn enumerate() -> Vec<Arc<Adapter>> {
     // wgpu doesn't say which adapters conform; it leaves the others out unless asked.
     let mut conformant: Vec<AdapterInfo> = list(wgpu::InstanceFlags::empty()).iter().map(wgpu::Adapter::get_info).collect();
     let infos: Vec<AdapterInfo> = all.iter().map(wgpu::Adapter::get_info).collect();
-    let conforms: Vec<bool> = infos
-        .iter()
-        .map(|info| conformant.iter().position(|c| c == info).map(|i| conformant.swap_remove(i)).is_some())
-        .collect();
+    let conforms: Vec<bool> =
+        infos.iter().map(|info| conformant.iter().position(|c| c == info).map(|i| conformant.swap_remove(i)).is_some()).collect();
     let mut all: Vec<Option<wgpu::Adapter>> = all.into_iter().map(Some).collect();
     distinct(&infos)
         .into_iter()

@@ -24,8 +24,6 @@ pub(super) struct Dispatch {
     /// Of a linear layer: for few rows, and for many. Of the others: for either type of keys and values.
     pub pipelines: [wgpu::ComputePipeline; 2],
     pub bind: wgpu::BindGroup,
-    /// The first of its op and rank, so that ops can be counted.
-    pub begins_op: bool,
 }
 
 impl Rows {

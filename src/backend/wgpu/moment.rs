@@ -25,9 +25,7 @@ pub(super) struct Moment {
 
 impl Moment {
     pub(super) fn new(gpu: &Gpu, room: Room, head_dim: usize) -> Result<Self> {
-        let buffer = |what: &str, words: usize, usage| {
-            gpu.buffer(what, 4 * words.max(4) as u64, usage | wgpu::BufferUsages::COPY_DST)
-        };
+        let buffer = |what: &str, words: usize, usage| gpu.buffer(what, 4 * words.max(4) as u64, usage | wgpu::BufferUsages::COPY_DST);
         let storage = wgpu::BufferUsages::STORAGE;
         // Sequences share pages only by whole prefixes; rows of their own are one page more for each.
         let entries = room.rows + room.pages;

@@ -18,6 +18,8 @@ use crate::plan::SegmentId;
 
 /// A segment of the plan, lowered.
 struct Segment {
+    /// Of the plan, for each rank.
+    ops: u64,
     dispatches: std::ops::Range<usize>,
     write: Option<Activation>,
     /// One part where it is shared, else one a rank.
@@ -110,6 +112,7 @@ impl GpuPlace {
                 lowerer.op(op)?;
             }
             segments.push(Segment {
+                ops: (segment.ops.len() * assignment.ranks.len()) as u64,
                 dispatches: start..lowerer.len(),
                 write: segment.write.map(|buf| lowerer.parts(buf)[0].clone()),
                 read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
@@ -188,7 +191,6 @@ impl Place for GpuPlace {
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
             if dispatch.encode(&mut pass, batch, self.dimension) {
                 self.counts.dispatches += 1;
-                self.counts.ops += u64::from(dispatch.begins_op);
             }
         }
         drop(pass);
@@ -212,6 +214,7 @@ impl Place for GpuPlace {
         }
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
+        self.counts.ops += lowered.ops;
         self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes });
         self.gpu.check()
     }

@@ -43,17 +43,8 @@ pub(super) enum Reduce {
 
 impl Kernel {
     #[cfg(test)]
-    pub(super) const ALL: [Self; 9] = [
-        Self::RmsNorm,
-        Self::Linear,
-        Self::LinearTile,
-        Self::Rope,
-        Self::StoreKv,
-        Self::Attend,
-        Self::SwiGlu,
-        Self::Add,
-        Self::TakeRows,
-    ];
+    pub(super) const ALL: [Self; 9] =
+        [Self::RmsNorm, Self::Linear, Self::LinearTile, Self::Rope, Self::StoreKv, Self::Attend, Self::SwiGlu, Self::Add, Self::TakeRows];
 
     fn source(self) -> &'static str {
         match self {
@@ -227,10 +218,9 @@ impl<'a> Pipelines<'a> {
         }
         let label = format!("{variant:?}");
         let source = source(variant.kernel, variant.weight, self.tuning.reduce);
-        let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-            label: Some(&label),
-            source: wgpu::ShaderSource::Wgsl(source.into()),
-        });
+        let module = self
+            .device
+            .create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) });
         let constants = constants(variant, self.tuning, self.head_dim);
         let device = self.device;
         let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {

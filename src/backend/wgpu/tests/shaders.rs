@@ -47,8 +47,8 @@ fn every_variant_is_valid_and_translates_for_vulkan_metal_and_dx12() {
         let tuning = Tuning { reduce, lanes: 64 };
         let constants: PipelineConstants =
             constants(variant, tuning, 128).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let (module, info) = process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants)
-            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (module, info) =
+            process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants).unwrap_or_else(|e| panic!("{name}: {e}"));
 
         // 1.3, for subgroup operations.
         let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
@@ -56,8 +56,7 @@ fn every_variant_is_valid_and_translates_for_vulkan_metal_and_dx12() {
         assert_eq!(words[0], 0x0723_0203, "{name}: SPIR-V's magic number");
 
         let options = msl::Options { lang_version: (2, 4), ..msl::Options::default() };
-        msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
-            .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
+        msl::write_string(&module, &info, &options, &msl::PipelineOptions::default()).unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
 
         let options = hlsl::Options { shader_model: hlsl::ShaderModel::V6_0, ..hlsl::Options::default() };
         let mut text = String::new();

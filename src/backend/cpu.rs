@@ -1,0 +1,359 @@
+//! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks an op.
+
+use std::sync::Arc;
+use std::task::Poll;
+
+use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts, Room, Wait};
+use crate::config::Config;
+use crate::error::Result;
+use crate::kernels::attend::{KvShape, attend, store_kv};
+use crate::kernels::linear::linear_rows;
+use crate::kernels::matrix::Matrix;
+use crate::kernels::parallel::WorkDistributionConfig;
+use crate::kernels::pool::{self, Pool, Scatter, for_each};
+use crate::kernels::{self};
+use crate::partition::{Dim, RankPartition};
+use crate::plan::{Buf, Op, Plan, RowParallel, Rows, SegmentId, WeightShape};
+
+/// Below this many multiplications an op is not worth spreading over threads.
+const SMALL: usize = 1 << 15;
+
+/// A weight as a rank holds it.
+enum Held {
+    Vector(Vec<f32>),
+    Matrix(Matrix),
+}
+
+impl Held {
+    fn vector(&self) -> &[f32] {
+        let Self::Vector(v) = self else { unreachable!("the plan says which weights are vectors") };
+        v
+    }
+
+    fn matrix(&self) -> &Matrix {
+        let Self::Matrix(m) = self else { unreachable!("the plan says which weights are matrices") };
+        m
+    }
+}
+
+/// One activation of one rank (or of all, where shared): `[rows, width]`, as many rows as the batch has.
+#[derive(Default)]
+struct Activation {
+    width: usize,
+    data: Vec<f32>,
+}
+
+/// The threads of a model, and how products are cut for them.
+#[derive(Clone)]
+pub(crate) struct Threads {
+    pub pool: Arc<Pool>,
+    pub work: WorkDistributionConfig,
+}
+
+pub(crate) struct CpuPlace {
+    plan: Plan,
+    config: Config,
+    ranks: Vec<usize>,
+    parts: Vec<RankPartition>,
+    /// `[weight][rank]`
+    weights: Vec<Vec<Held>>,
+    /// `[buf][rank]`; of a shared buffer there is one.
+    bufs: Vec<Vec<Activation>>,
+    /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
+    pages: Vec<Vec<u32>>,
+    pool: Arc<Pool>,
+    work: WorkDistributionConfig,
+    output: Vec<f32>,
+    counts: PlaceCounts,
+}
+
+impl CpuPlace {
+    /// Weights stay where they are, in the mapped file; only norms are copied.
+    pub(crate) fn new(assignment: &Assignment<'_>, threads: &Threads) -> Result<Self> {
+        let Assignment { plan, config, partition, ranks, .. } = assignment;
+        let parts: Vec<_> = ranks.iter().map(|&r| partition.ranks[r].clone()).collect();
+        let hold = |i: usize, rank: usize| -> Result<Held> {
+            let slice = assignment.weight(crate::plan::Weight(i), rank)?;
+            Ok(match plan.weights[i].shape {
+                WeightShape::Matrix { .. } => Held::Matrix(slice),
+                WeightShape::Vector => {
+                    let mut v = vec![0.0; slice.cols()];
+                    slice.row_to_f32(0, &mut v);
+                    Held::Vector(v)
+                }
+            })
+        };
+        let weights = (0..plan.weights.len()).map(|i| ranks.iter().map(|&r| hold(i, r)).collect()).collect::<Result<Vec<Vec<_>>>>()?;
+        let bufs = plan
+            .bufs
+            .iter()
+            .map(|spec| {
+                let held_by = if spec.dim == Dim::Hidden { &parts[..1] } else { &parts[..] };
+                held_by.iter().map(|p| Activation { width: p.width(spec.dim, config), data: Vec::new() }).collect()
+            })
+            .collect();
+        let mut place = Self {
+            plan: (*plan).clone(),
+            config: (*config).clone(),
+            ranks: ranks.clone(),
+            parts,
+            weights,
+            bufs,
+            pages: Vec::new(),
+            pool: threads.pool.clone(),
+            work: threads.work,
+            output: Vec::new(),
+            counts: PlaceCounts::default(),
+        };
+        place.counts.weight_bytes = place.weight_bytes().iter().sum();
+        Ok(place)
+    }
+
+    /// The CPU takes what is wanted: activations and pages grow as they are used.
+    pub(crate) fn room(want: Room) -> Room {
+        want
+    }
+
+    fn kv_shape(&self, rank: usize, batch: &Batch) -> KvShape {
+        KvShape { kv: batch.kv, kv_heads: self.parts[rank].kv_heads.len(), head_dim: self.config.head_dim }
+    }
+
+    /// Words of one page before the keys of `layer` of hosted rank `rank`; their values follow.
+    fn kv_offset(&self, rank: usize, layer: usize) -> usize {
+        let words = |r: usize| 2 * self.parts[r].kv_heads.len() * BLOCK * self.config.head_dim;
+        (0..rank).map(|r| self.plan.layers * words(r)).sum::<usize>() + layer * words(rank)
+    }
+
+    fn make_pages(&mut self, batch: &Batch) {
+        let words = self.kv_offset(self.parts.len() - 1, self.plan.layers);
+        let most = batch.seqs.iter().flat_map(|s| &s.pages).max().map_or(0, |&p| p as usize + 1);
+        while self.pages.len() < most {
+            self.pages.push(vec![0; words]);
+        }
+    }
+
+    fn size_buffers(&mut self, batch: &Batch) {
+        for (spec, bufs) in self.plan.bufs.iter().zip(&mut self.bufs) {
+            for buf in bufs {
+                buf.data.resize(rows_of(spec.rows, batch) * buf.width, 0.0);
+            }
+        }
+    }
+
+    /// Takes a buffer out, so that an op can write it while it reads others.
+    fn take(&mut self, buf: Buf) -> Vec<Activation> {
+        std::mem::take(&mut self.bufs[buf.0])
+    }
+
+    fn run(&mut self, op: Op, batch: &Batch) {
+        match op {
+            Op::RmsNorm { x, y, weight } => {
+                let mut out = self.take(y);
+                let (x, width) = (&self.bufs[x.0][0], out[0].width);
+                let weight = self.weights[weight.0][0].vector();
+                for (x, y) in x.data.chunks_exact(width).zip(out[0].data.chunks_exact_mut(width)) {
+                    kernels::rms_norm(x, weight, self.config.rms_norm_eps, y);
+                }
+                self.bufs[y.0] = out;
+            }
+            Op::Linear { x, y, weight, strategy } => {
+                let mut out = self.take(y);
+                let sum = strategy == RowParallel;
+                let n = rows_of(self.plan.bufs[x.0].rows, batch);
+                self.linear(n, &self.bufs[x.0], &self.weights[weight.0], sum, &mut out);
+                self.bufs[y.0] = out;
+            }
+            Op::Rope { x } => {
+                let angles = self.config.head_dim;
+                for x in &mut self.bufs[x.0] {
+                    for (x, angles) in x.data.chunks_exact_mut(x.width).zip(batch.rope.chunks_exact(angles)) {
+                        kernels::rope(x, angles);
+                    }
+                }
+            }
+            Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v, batch),
+            Op::Attend { layer, q, y } => {
+                let mut out = self.take(y);
+                self.attend(layer, &self.bufs[q.0], batch, &mut out);
+                self.bufs[y.0] = out;
+            }
+            Op::SwiGlu { gate, up, y } => {
+                let mut out = self.take(y);
+                for (rank, y) in out.iter_mut().enumerate() {
+                    let (gate, up) = (&self.bufs[gate.0][rank].data, &self.bufs[up.0][rank].data);
+                    let tasks = (gate.len() * 16).div_ceil(SMALL).max(1);
+                    let chunk = gate.len().div_ceil(tasks).max(1);
+                    let y = Scatter::new(&mut y.data);
+                    for_each(gate.len().div_ceil(chunk), |task, _| {
+                        let range = task * chunk..((task + 1) * chunk).min(gate.len());
+                        // SAFETY: tasks have ranges of their own.
+                        kernels::swiglu(&gate[range.clone()], &up[range.clone()], unsafe { y.range(range) });
+                    });
+                }
+                self.bufs[y.0] = out;
+            }
+            Op::Add { x, y } => {
+                let mut out = self.take(x);
+                kernels::add(&mut out[0].data, &self.bufs[y.0][0].data);
+                self.bufs[x.0] = out;
+            }
+            Op::TakeRows { x, y } => {
+                let mut out = self.take(y);
+                let (x, width) = (&self.bufs[x.0][0].data, out[0].width);
+                for (y, &row) in out[0].data.chunks_exact_mut(width).zip(&batch.wanted) {
+                    y.copy_from_slice(&x[row as usize * width..][..width]);
+                }
+                self.bufs[y.0] = out;
+            }
+        }
+    }
+
+    /// A chunk of outputs a task. Where the ranks' results are summed, a task adds them up in rank order.
+    fn linear(&self, n: usize, x: &[Activation], weights: &[Held], sum: bool, out: &mut [Activation]) {
+        if n == 0 {
+            return;
+        }
+        struct Task {
+            ranks: std::ops::Range<usize>,
+            rows: std::ops::Range<usize>,
+            out: usize,
+        }
+        let inputs: Vec<Vec<&[f32]>> = x.iter().map(|x| rows(&x.data, x.width, n)).collect();
+        let input = |rank: usize| &inputs[rank.min(inputs.len() - 1)][..];
+        let mut tasks = Vec::new();
+        for (i, out) in out.iter().enumerate() {
+            let ranks = if sum { 0..weights.len() } else { i..i + 1 };
+            let work: usize = ranks.clone().map(|r| weights[r].matrix().cols() * n).sum();
+            let chunks = self.work.chunks(&out.data[..out.width], work, pool::threads());
+            tasks.extend(chunks.map(|rows| Task { ranks: ranks.clone(), rows, out: i }));
+        }
+        let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
+        for_each(tasks.len(), |i, _| {
+            let Task { ranks, rows, out } = &tasks[i];
+            let (width, out) = &outs[*out];
+            for rank in ranks.clone() {
+                linear_rows(weights[rank].matrix(), rows.clone(), input(rank), |row, i, dot| {
+                    // SAFETY: outputs belong to one task.
+                    let y = &mut unsafe { out.range(i * width + row..i * width + row + 1) }[0];
+                    *y = if rank == ranks.start { dot } else { *y + dot };
+                });
+            }
+        });
+    }
+
+    fn store_kv(&mut self, layer: usize, k: Buf, v: Buf, batch: &Batch) {
+        let n = batch.rows.len();
+        for rank in 0..self.parts.len() {
+            let shape = self.kv_shape(rank, batch);
+            let at = self.kv_offset(rank, layer);
+            let (k, v) = (&self.bufs[k.0][rank], &self.bufs[v.0][rank]);
+            let stored = batch.rows.iter().zip(rows(&k.data, k.width, n)).zip(rows(&v.data, v.width, n));
+            for ((row, k), v) in stored {
+                let (page, position) = locate(batch, row.seq, row.pos as usize);
+                let words = &mut self.pages[page as usize][at..at + 2 * shape.words()];
+                let (keys, values) = words.split_at_mut(shape.words());
+                store_kv(shape, keys, position, k);
+                store_kv(shape, values, position, v);
+            }
+        }
+    }
+
+    fn attend(&self, layer: usize, q: &[Activation], batch: &Batch, out: &mut [Activation]) {
+        let group = self.config.n_heads / self.config.n_kv_heads;
+        let head_dim = self.config.head_dim;
+        let heads: Vec<(usize, usize)> =
+            self.parts.iter().enumerate().flat_map(|(rank, p)| (0..p.heads.len()).map(move |h| (rank, h))).collect();
+        let outs: Vec<Scatter<'_, f32>> = out.iter_mut().map(|o| Scatter::new(&mut o.data)).collect();
+        let task = |i: usize| {
+            let ((rank, head), row) = (heads[i % heads.len()], i / heads.len());
+            let part = &self.parts[rank];
+            let kv_head = (part.heads.start + head) / group - part.kv_heads.start;
+            let shape = self.kv_shape(rank, batch);
+            let at = self.kv_offset(rank, layer);
+            let place = row * part.heads.len() * head_dim + head * head_dim;
+            let to = batch.rows[row].pos as usize;
+            let from = self.config.sliding_window.map_or(0, |w| (to + 1).saturating_sub(w));
+            let seq = &batch.seqs[batch.rows[row].seq as usize];
+            let page = |i: usize| {
+                let page = seq.pages[i - seq.first_page as usize] as usize;
+                self.pages[page][at..at + 2 * shape.words()].split_at(shape.words())
+            };
+            // SAFETY: a row of a head belongs to one task.
+            let y = unsafe { outs[rank].range(place..place + head_dim) };
+            let q = &q[rank].data[place..place + head_dim];
+            attend(shape, kv_head, q, from, to, page, &mut Vec::new(), y);
+        };
+        let tasks = heads.len() * batch.rows.len();
+        let work: usize = batch.rows.iter().map(|r| (r.pos as usize + 1) * head_dim * heads.len()).sum();
+        if work < SMALL { (0..tasks).for_each(task) } else { for_each(tasks, |i, _| task(i)) }
+    }
+}
+
+impl Place for CpuPlace {
+    fn ranks(&self) -> &[usize] {
+        &self.ranks
+    }
+
+    fn is_asynchronous(&self) -> bool {
+        false
+    }
+
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()> {
+        self.make_pages(batch);
+        self.size_buffers(batch);
+        let segment_spec = self.plan.segments[segment.0].clone();
+        if let (Some(write), Some(input)) = (segment_spec.write, input) {
+            self.bufs[write.0][0].data.copy_from_slice(input);
+            self.counts.bytes_written += size_of_val(input) as u64;
+        }
+        let ops = self.plan.ops_of(segment).to_vec();
+        self.counts.ops += (ops.len() * self.parts.len()) as u64;
+        self.counts.submissions += 1;
+        let pool = self.pool.clone();
+        pool.enter(|| ops.into_iter().for_each(|op| self.run(op, batch)));
+        self.output.clear();
+        if let Some(read) = segment_spec.read {
+            self.bufs[read.0].iter().for_each(|part| self.output.extend_from_slice(&part.data));
+            self.counts.bytes_read += size_of_val(&self.output[..]) as u64;
+        }
+        Ok(())
+    }
+
+    fn poll(&mut self, _: Wait) -> Result<Poll<()>> {
+        Ok(Poll::Ready(()))
+    }
+
+    fn output(&mut self) -> Result<&[f32]> {
+        Ok(&self.output)
+    }
+
+    fn counts(&self) -> PlaceCounts {
+        self.counts
+    }
+
+    fn weight_bytes(&self) -> Vec<u64> {
+        let bytes = |held: &Held| match held {
+            Held::Vector(v) => size_of_val(&v[..]) as u64,
+            Held::Matrix(m) => m.bytes() as u64,
+        };
+        (0..self.ranks.len()).map(|rank| self.weights.iter().map(|by_rank| bytes(&by_rank[rank])).sum()).collect()
+    }
+}
+
+fn rows_of(rows: Rows, batch: &Batch) -> usize {
+    match rows {
+        Rows::All => batch.rows.len(),
+        Rows::Wanted => batch.wanted.len(),
+    }
+}
+
+/// The rows of a buffer, which still are rows where a rank without channels has no elements in them.
+fn rows(data: &[f32], width: usize, n: usize) -> Vec<&[f32]> {
+    (0..n).map(|i| &data[i * width..(i + 1) * width]).collect()
+}
+
+/// The page of a position and the place in it.
+fn locate(batch: &Batch, seq: u32, position: usize) -> (PageId, usize) {
+    let (seq, page_len) = (&batch.seqs[seq as usize], batch.kv.page_len());
+    (seq.pages[position / page_len - seq.first_page as usize], position % page_len)
+}

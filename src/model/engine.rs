@@ -1,0 +1,204 @@
+//! Walks the plan over the grid: launch all, read, sum in order, write.
+
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::backend::{Batch, Place, PlaceCounts, Wait};
+use crate::collective::Collective;
+use crate::error::{Error, Result};
+use crate::plan::{Plan, SegmentId, Step};
+use crate::trace::{Category, Trace};
+
+/// A place that gives no answer for so long is taken for lost.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+/// One stage of the grid, as far as this process hosts it.
+pub(crate) struct Stage {
+    pub index: usize,
+    pub plan: Plan,
+    pub places: Vec<Box<dyn Place>>,
+    /// Width of every rank's part of the gathered logits.
+    pub gathered: Vec<usize>,
+}
+
+/// All stages, and what joins this process to others.
+pub(crate) struct Engine {
+    pub stages: Vec<Stage>,
+    pub collective: Arc<dyn Collective>,
+    pub trace: Arc<Trace>,
+    /// All-reduces and gathers done.
+    pub collectives: u64,
+}
+
+impl Engine {
+    /// The logits of the wanted rows, `[wanted, vocab]`, from the embedded rows, `[rows, hidden]`.
+    pub(crate) fn run(&mut self, batch: &Batch, embedded: Vec<f32>) -> Result<Vec<f32>> {
+        let mut flow = embedded;
+        for stage in &mut self.stages {
+            for step in stage.plan.steps.clone() {
+                let start = Instant::now();
+                match step {
+                    Step::Run(segment) => stage.run(segment, batch, &flow, &self.trace)?,
+                    Step::AllReduce(_) => stage.all_reduce(&mut flow, &*self.collective)?,
+                    Step::AllGather(_) => stage.all_gather(&mut flow, batch.wanted.len(), &*self.collective)?,
+                    Step::Pass(_) => stage.pass(&mut flow)?,
+                }
+                tracing::debug!(stage = stage.index, ?step, rows = batch.rows.len(), micros = start.elapsed().as_micros() as u64, "step");
+                if matches!(step, Step::AllReduce(_) | Step::AllGather(_)) {
+                    self.collectives += 1;
+                    let ranks: Vec<usize> = stage.places.iter().flat_map(|p| p.ranks().iter().copied()).collect();
+                    self.trace.span(stage.index, &ranks, Category::Reduce, start, batch.number, batch.rows.len());
+                }
+            }
+        }
+        Ok(flow)
+    }
+
+    pub(crate) fn counts(&self) -> Vec<PlaceCounts> {
+        self.stages.iter().flat_map(|s| s.places.iter().map(|p| p.counts())).collect()
+    }
+}
+
+impl Stage {
+    /// Launches a segment on every place, those that return at once first, and waits for all.
+    fn run(&mut self, segment: SegmentId, batch: &Batch, input: &[f32], trace: &Trace) -> Result<()> {
+        let index = self.index;
+        let mut failed = None;
+        let mut in_flight = Vec::new();
+        let mut places: Vec<_> = self.places.iter_mut().collect();
+        places.sort_by_key(|p| !p.is_asynchronous());
+        for place in places {
+            let start = Instant::now();
+            match place.launch(segment, batch, Some(input)) {
+                Ok(()) => {
+                    let category = if place.is_asynchronous() { Category::Write } else { Category::Compute };
+                    trace.span(index, place.ranks(), category, start, batch.number, batch.rows.len());
+                    in_flight.push((place, Instant::now()));
+                }
+                Err(e) => failed = failed.or(Some(e)),
+            }
+        }
+        // Where one failed the others are still waited for, so that the next launch finds them idle.
+        for (place, start) in in_flight {
+            match wait(place.as_mut(), index) {
+                Ok(()) if place.is_asynchronous() => {
+                    trace.span(index, place.ranks(), Category::Compute, start, batch.number, batch.rows.len());
+                }
+                Ok(()) => {}
+                Err(e) => failed = failed.or(Some(e)),
+            }
+        }
+        failed.map_or(Ok(()), Err)
+    }
+
+    /// `flow` becomes the sum of what the places read, place after place, and then rank after rank of the group.
+    fn all_reduce(&mut self, flow: &mut Vec<f32>, collective: &dyn Collective) -> Result<()> {
+        flow.clear();
+        for place in &mut self.places {
+            let part = place.output()?;
+            if flow.is_empty() {
+                flow.extend_from_slice(part);
+            } else {
+                crate::kernels::add(flow, part);
+            }
+        }
+        let mut all = vec![0.0; flow.len() * collective.size()];
+        collective.all_gather(flow, &vec![flow.len(); collective.size()], &mut all)?;
+        let n = flow.len();
+        flow.copy_from_slice(&all[..n]);
+        (1..collective.size()).for_each(|rank| crate::kernels::add(flow, &all[rank * n..(rank + 1) * n]));
+        Ok(())
+    }
+
+    /// `flow` becomes `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
+    fn all_gather(&mut self, flow: &mut Vec<f32>, rows: usize, collective: &dyn Collective) -> Result<()> {
+        let world = self.gathered.len();
+        let mut local = vec![Vec::new(); world];
+        for place in &mut self.places {
+            let ranks = place.ranks().to_vec();
+            let mut parts = place.output()?;
+            for rank in ranks {
+                let part = parts
+                    .split_off(..rows * self.gathered[rank])
+                    .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {}", self.index)))?;
+                local[rank] = part.to_vec();
+            }
+        }
+        let local = local.concat();
+        // Alone, this process hosts all ranks; in a group, each member one.
+        let counts: Vec<usize> =
+            if collective.size() == 1 { vec![local.len()] } else { self.gathered.iter().map(|width| rows * width).collect() };
+        let mut all = vec![0.0; counts.iter().sum()];
+        collective.all_gather(&local, &counts, &mut all)?;
+        let total: usize = self.gathered.iter().sum();
+        flow.resize(rows * total, 0.0);
+        let (mut from, mut column) = (0, 0);
+        for &width in &self.gathered {
+            for row in 0..rows {
+                flow[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
+            }
+            from += rows * width;
+            column += width;
+        }
+        Ok(())
+    }
+
+    /// `flow` becomes the residual stream, which every place has.
+    fn pass(&mut self, flow: &mut Vec<f32>) -> Result<()> {
+        flow.clear();
+        flow.extend_from_slice(self.places[0].output()?);
+        Ok(())
+    }
+}
+
+fn wait(place: &mut dyn Place, stage: usize) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < PATIENCE {
+        if place.poll(Wait::AtMost(Duration::from_millis(100)))?.is_ready() {
+            return Ok(());
+        }
+    }
+    let reason = format!("no answer in {} seconds", PATIENCE.as_secs());
+    Err(Error::DeviceLost { stage, ranks: place.ranks().to_vec(), device: "the device".into(), reason })
+}
+
+type Job = Box<dyn FnOnce(&mut Engine) + Send>;
+
+/// The thread that drives an engine. Callers hand it jobs and wait; it owns every place, so no lock is held while it works.
+pub(crate) struct Driver {
+    jobs: Option<mpsc::Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Driver {
+    pub(crate) fn start(mut engine: Engine) -> Result<Self> {
+        let (jobs, inbox) = mpsc::channel::<Job>();
+        let work = move || inbox.into_iter().for_each(|job| job(&mut engine));
+        let thread = std::thread::Builder::new().name("torchless-driver".into()).spawn(work);
+        let thread = thread.map_err(|e| Error::DriverGone(format!("it cannot start: {e}")))?;
+        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    }
+
+    /// Runs `job` on the driver thread and waits for its answer.
+    pub(crate) fn call<T: Send + 'static>(&self, job: impl FnOnce(&mut Engine) -> T + Send + 'static) -> Result<T> {
+        let gone = || Error::DriverGone("it panicked in an earlier step".into());
+        let (reply, answer) = mpsc::sync_channel(1);
+        let job: Job = Box::new(move |engine| {
+            // A caller that has gone away needs no answer.
+            let _ = reply.send(job(engine));
+        });
+        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
+        answer.recv().map_err(|_| gone())
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        drop(self.jobs.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic was reported to the caller whose job it was.
+            let _ = thread.join();
+        }
+    }
+}

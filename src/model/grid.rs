@@ -1,0 +1,394 @@
+//! [`Grid`]: a model loaded onto places, and how a sequence advances on it.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::backend::cpu::Threads;
+use crate::backend::{self, Assignment, Batch, KvType, Numerics, PlaceCounts, Room, Row};
+use crate::collective::Collective;
+use crate::config::Config;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::matrix::Matrix;
+use crate::kernels::pool::Pool;
+use crate::model::engine::{Driver, Engine, Stage};
+use crate::model::kv::{Lease, PagePool};
+use crate::model::mistral;
+use crate::model::parallel_config::ParallelConfig;
+use crate::model::rope::RopeTable;
+use crate::model::state::InferenceState;
+use crate::params::Parameters;
+use crate::partition::{Partition, RankPartition};
+use crate::plan::Plan;
+use crate::trace::{Trace, TraceRow};
+
+/// Rows that one walk through the plan takes at most: a prompt is cut into chunks of so many.
+const MOST_ROWS: usize = 256;
+/// Rows of them whose logits can be had: logits are wide.
+const MOST_WANTED: usize = 64;
+/// Sequences of full length that the cache has room for unless told otherwise.
+const SEQUENCES: usize = 16;
+
+/// One rank of a loaded (or planned) grid: where it is and what it owns.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RankInfo {
+    /// Its stage.
+    pub stage: usize,
+    /// Its number within the stage.
+    pub rank: usize,
+    /// The device that it is on.
+    pub device: String,
+    /// The layers of its stage.
+    pub layers: Range<usize>,
+    /// Its part of each.
+    pub partition: RankPartition,
+    /// Bytes of its weights as stored.
+    pub weight_bytes: u64,
+}
+
+/// What a grid will do, known before anything is loaded.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct PlanSummary {
+    /// Every rank of every stage.
+    pub ranks: Vec<RankInfo>,
+    /// Ops of the plan that compute one token.
+    pub ops_per_token: usize,
+    /// Segments launched for one token, over all places.
+    pub submissions_per_token: usize,
+    /// All-reduces and gathers through the host for one token.
+    pub collectives_per_token: usize,
+    /// Bytes of weights read for one token, by all ranks together.
+    pub weight_bytes_per_token: u64,
+}
+
+/// A stage as it will be: its plan, and which ranks live together.
+struct Layout {
+    plan: Plan,
+    /// A place each: its device and its ranks.
+    groups: Vec<(Device, Vec<usize>)>,
+}
+
+/// Which logits a call wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Want {
+    Last,
+    All,
+}
+
+/// How a call computes.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct How {
+    pub want: Want,
+    pub numerics: Numerics,
+    /// Rows a chunk at most.
+    pub chunk: usize,
+    /// Report every step to stderr.
+    pub debug: bool,
+}
+
+/// A model loaded onto places.
+pub(crate) struct Grid {
+    params: Parameters,
+    pages: Arc<PagePool>,
+    room: Room,
+    rope: RopeTable,
+    ranks: Vec<RankInfo>,
+    trace: Arc<Trace>,
+    batches: AtomicU64,
+    driver: Driver,
+}
+
+/// Lays a model out over devices: `devices` are those of `local` ranks, stage after stage.
+fn lay_out(params: &Parameters, partition: &Partition, local: &[usize], devices: &[Device], group_size: usize) -> Vec<Layout> {
+    let by_stage = devices.chunks(local.len());
+    partition
+        .stages
+        .iter()
+        .zip(by_stage)
+        .map(|(stage, devices)| {
+            let mut groups: Vec<(Device, Vec<usize>)> = Vec::new();
+            for (&rank, device) in local.iter().zip(devices) {
+                match groups.iter_mut().find(|(d, _)| d.shares_place_with(device)) {
+                    Some((_, ranks)) => ranks.push(rank),
+                    None => groups.push((device.clone(), vec![rank])),
+                }
+            }
+            let cut = groups.len() > 1 || group_size > 1;
+            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups }
+        })
+        .collect()
+}
+
+impl Layout {
+    fn assignments<'a>(
+        &'a self,
+        stage: usize,
+        params: &'a Parameters,
+        partition: &'a Partition,
+        tensor: &'a dyn Fn(&str) -> Result<Matrix>,
+    ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
+        self.groups.iter().map(move |(device, ranks)| {
+            let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
+            (device, Assignment { stage, ranks: ranks.clone(), plan, config, partition, tensor })
+        })
+    }
+}
+
+/// Every rank with the bytes of its weights, read off the checkpoint's headers.
+fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[Layout]) -> Result<Vec<RankInfo>> {
+    let tensor = |name: &str| params.tensor(name);
+    let mut infos = Vec::new();
+    for (stage, layout) in layouts.iter().enumerate() {
+        for (device, assignment) in layout.assignments(stage, params, partition, &tensor) {
+            for &rank in &assignment.ranks {
+                let weights = (0..layout.plan.weights.len()).map(|i| assignment.weight(crate::plan::Weight(i), rank));
+                let weight_bytes = weights.map(|m| m.map(|m| m.bytes() as u64)).sum::<Result<u64>>()?;
+                let (layers, partition) = (assignment.partition.layers.clone(), assignment.partition.ranks[rank].clone());
+                infos.push(RankInfo { stage, rank, device: device.label(), layers, partition, weight_bytes });
+            }
+        }
+    }
+    infos.sort_by_key(|info| (info.stage, info.rank));
+    Ok(infos)
+}
+
+/// Ranks of each stage where the device list is cut into equal groups, one a stage.
+///
+/// # Errors
+/// An empty list, or one that the stages don't divide.
+pub(crate) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> {
+    if n_devices == 0 {
+        return Err(Error::NoDevices);
+    }
+    if stages == 0 || !n_devices.is_multiple_of(stages) {
+        let right = "give every stage as many devices as the others".to_owned();
+        return Err(Error::Stages { stages, what: format!("{n_devices} devices"), right });
+    }
+    Ok(n_devices / stages)
+}
+
+/// What loading `params` onto `devices` will do, without loading anything. The list is cut into equal groups, one a stage.
+///
+/// # Errors
+/// What makes the grid impossible: see [`Partition::new`].
+pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
+    let stages = config.stages.unwrap_or(1);
+    let world = ranks_per_stage(devices.len(), stages)?;
+    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+    let local: Vec<usize> = (0..world).collect();
+    let layouts = lay_out(params, &partition, &local, devices, 1);
+    let ranks = rank_infos(params, &partition, &layouts)?;
+    Ok(PlanSummary {
+        ops_per_token: layouts.iter().map(|l| l.plan.ops.len()).sum(),
+        submissions_per_token: layouts.iter().map(|l| l.plan.segments.len() * l.groups.len()).sum(),
+        collectives_per_token: layouts.iter().map(|l| l.plan.collectives()).sum(),
+        weight_bytes_per_token: ranks.iter().map(|r| r.weight_bytes).sum(),
+        ranks,
+    })
+}
+
+impl Grid {
+    /// Loads the ranks `local` of every stage onto `devices` (stage after stage), joined to others by `collective`.
+    pub(crate) fn load(
+        params: Parameters,
+        config: &ParallelConfig,
+        stages: usize,
+        local: &[usize],
+        devices: &[Device],
+        collective: Arc<dyn Collective>,
+    ) -> Result<Self> {
+        let world = config.tensor.world_size;
+        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+        let layouts = lay_out(&params, &partition, local, devices, collective.size());
+        let ranks = rank_infos(&params, &partition, &layouts)?;
+        let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
+        let trace = Arc::new(Trace::new(rows));
+        let threads = Threads { pool: Arc::new(Pool::new(config.threads)?), work: config.work };
+        let tensor = |name: &str| params.tensor(name);
+
+        let mut room = Room { rows: MOST_ROWS, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
+        for (stage, layout) in layouts.iter().enumerate() {
+            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor) {
+                room = room.min(backend::room(device, &assignment, room)?);
+            }
+        }
+        let mut built = Vec::new();
+        for (index, layout) in layouts.iter().enumerate() {
+            let assignments = layout.assignments(index, &params, &partition, &tensor);
+            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads)).collect::<Result<_>>()?;
+            let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
+            built.push(Stage { index, plan: layout.plan.clone(), places, gathered });
+        }
+        agree(&*collective, &params, &partition)?;
+        let engine = Engine { stages: built, collective, trace: trace.clone(), collectives: 0 };
+        Ok(Self {
+            rope: RopeTable::new(params.config()),
+            pages: Arc::new(PagePool::new(room.pages)),
+            driver: Driver::start(engine)?,
+            batches: AtomicU64::new(0),
+            params,
+            room,
+            ranks,
+            trace,
+        })
+    }
+
+    pub(crate) fn params(&self) -> &Parameters {
+        &self.params
+    }
+
+    pub(crate) fn ranks(&self) -> &[RankInfo] {
+        &self.ranks
+    }
+
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    pub(crate) fn pages_held(&self) -> usize {
+        self.pages.held()
+    }
+
+    pub(crate) fn counts(&self) -> Result<Vec<PlaceCounts>> {
+        self.driver.call(|engine| engine.counts())
+    }
+
+    pub(crate) fn collectives(&self) -> Result<u64> {
+        self.driver.call(|engine| engine.collectives)
+    }
+
+    /// Appends `tokens` to the sequence and computes them, in chunks. All or nothing: after an error the state is as before.
+    ///
+    /// The logits of the last land in the state; of all, `[tokens, vocab]`, in the answer where they are wanted.
+    pub(crate) fn advance(&self, state: &mut InferenceState, tokens: &[u32], how: How) -> Result<Vec<f32>> {
+        self.check(state, tokens)?;
+        let before = state.position();
+        state.tokens.extend_from_slice(tokens);
+        let mut lease = match state.lease.take() {
+            Some(lease) if lease.is_of(&self.pages) => lease,
+            _ => Lease::new(self.pages.clone(), state.kv),
+        };
+        match self.compute(state, &mut lease, before, how) {
+            Ok(logits) => {
+                let vocab = self.params.config().vocab_size;
+                state.logits.clear();
+                state.logits.extend_from_slice(&logits[logits.len() - vocab..]);
+                state.checkpoint = Some(self.params.fingerprint());
+                state.lease = Some(lease);
+                Ok(logits)
+            }
+            Err(e) => {
+                state.tokens.truncate(before);
+                let seen = state.first_seen(before);
+                state.lease = lease.truncate(before, seen).then_some(lease);
+                Err(e)
+            }
+        }
+    }
+
+    /// Computes what the lease doesn't hold yet of the state's tokens; logits are wanted from `before` on, or of the last.
+    fn compute(&self, state: &InferenceState, lease: &mut Lease, before: usize, how: How) -> Result<Vec<f32>> {
+        let tokens = &state.tokens;
+        let mut logits = Vec::new();
+        while lease.stored() < tokens.len() {
+            let start = lease.stored();
+            let end = match how.want {
+                Want::All if start < before => before.min(start + self.room.rows),
+                Want::All => start + self.room.rows.min(self.room.wanted),
+                Want::Last => start + self.room.rows,
+            };
+            let end = end.min(start.saturating_add(how.chunk.max(1))).min(tokens.len());
+            let wanted = match how.want {
+                Want::All if start >= before => 0..end - start,
+                Want::Last if end == tokens.len() => end - start - 1..end - start,
+                _ => 0..0,
+            };
+            lease.reserve(end)?;
+            let rows: Vec<Row> = (start..end).map(|p| Row { seq: 0, pos: p as u32 }).collect();
+            let batch = Batch {
+                number: self.batches.fetch_add(1, Ordering::Relaxed) + 1,
+                rope: self.rope.angles(&rows),
+                rows,
+                seqs: vec![lease.seq().clone()],
+                wanted: wanted.map(|r| r as u32).collect(),
+                kv: state.kv,
+                numerics: how.numerics,
+            };
+            let embedded = self.embed(&tokens[start..end])?;
+            logits.extend(self.driver.call(move |engine| reporting(how.debug, || engine.run(&batch, embedded)))??);
+            lease.commit(end, state.first_seen(end));
+        }
+        Ok(logits)
+    }
+
+    /// The tokens' rows of the embedding: `[tokens, hidden]`.
+    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        let table = self.params.tensor("model.embed_tokens.weight")?;
+        let mut rows = vec![0.0; tokens.len() * table.cols()];
+        for (row, &token) in rows.chunks_exact_mut(table.cols()).zip(tokens) {
+            table.row_to_f32(token as usize, row);
+        }
+        Ok(rows)
+    }
+
+    fn check(&self, state: &InferenceState, tokens: &[u32]) -> Result<()> {
+        let config = self.params.config();
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= config.vocab_size) {
+            return Err(Error::TokenOutOfRange { token, vocab_size: config.vocab_size });
+        }
+        if state.config != *config {
+            return Err(Error::ForeignState(format!("it was made for {:?}, this model is {config:?}", state.config)));
+        }
+        if state.checkpoint.is_some_and(|c| c != self.params.fingerprint()) {
+            return Err(Error::ForeignState("its tokens were computed with other weights of the same shape".into()));
+        }
+        let (position, wanted, limit) = (state.position(), tokens.len(), config.max_position_embeddings);
+        if wanted > limit.saturating_sub(position) {
+            return Err(Error::ContextFull { position, wanted, limit });
+        }
+        Ok(())
+    }
+}
+
+/// Pages for the positions asked for, or for [`SEQUENCES`] sequences of full length.
+fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
+    let page_len = KvType::F32.page_len();
+    config.kv_positions.map_or_else(
+        || {
+            let longest = model.max_position_embeddings;
+            let positions = model.sliding_window.map_or(longest, |w| longest.min(w.saturating_add(MOST_ROWS)));
+            (positions.div_ceil(page_len) + 1).saturating_mul(SEQUENCES)
+        },
+        |positions| positions.div_ceil(page_len),
+    )
+}
+
+/// All members of a group must have the same checkpoint and the same partition, or their sums mean nothing.
+fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition) -> Result<()> {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut hasher = DefaultHasher::new();
+    params.fingerprint().hash(&mut hasher);
+    format!("{partition:?}").hash(&mut hasher);
+    let mine = hasher.finish().to_le_bytes();
+    let mut first = mine;
+    collective.broadcast(0, &mut first)?;
+    if first == mine {
+        return Ok(());
+    }
+    Err(Error::Collective(format!("rank {} has another checkpoint or another partition than rank 0", collective.rank())))
+}
+
+/// Runs `f`; with `debug`, what it reports through `tracing` goes to stderr where the program installed no subscriber of its own.
+fn reporting<T>(debug: bool, f: impl FnOnce() -> T) -> T {
+    if !debug || tracing::dispatcher::has_been_set() {
+        return f();
+    }
+    let to_stderr = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_writer(std::io::stderr).finish();
+    tracing::subscriber::with_default(to_stderr, f)
+}

@@ -1,0 +1,11 @@
+//! The model, and how it runs over a grid.
+
+pub(crate) mod engine;
+pub(crate) mod grid;
+pub(crate) mod kv;
+pub(crate) mod mistral;
+pub(crate) mod parallel;
+pub(crate) mod parallel_config;
+pub(crate) mod pipeline;
+pub(crate) mod rope;
+pub(crate) mod state;

@@ -1,0 +1,322 @@
+//! [`TensorParallelMistral`]: the model as callers see it.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::backend::{Numerics, PlaceCounts};
+use crate::collective::{Alone, Collective};
+use crate::config::Config;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::grid::{Grid, How, RankInfo, Want, ranks_per_stage};
+use crate::model::parallel_config::ParallelConfig;
+use crate::model::state::InferenceState;
+use crate::params::Parameters;
+use crate::partition::TensorParallelConfig;
+
+/// A Mistral-family model whose every matrix is split over ranks.
+///
+/// Calls may come from many threads; each is a step of one sequence, and they take turns.
+pub struct TensorParallelMistral {
+    grid: Grid,
+}
+
+impl TensorParallelMistral {
+    /// Loads all ranks into this process, on the CPU, whatever `config`'s rank is. Answers are full logits.
+    ///
+    /// # Errors
+    /// A world of no ranks, a rank outside it, more ranks than query heads, stages or shares that don't fit.
+    pub fn load(params: Parameters, config: impl Into<ParallelConfig>) -> Result<Self> {
+        let config = config.into();
+        config.validate(params.config())?;
+        let world = config.tensor.world_size;
+        let stages = config.stages_for(params.config().n_layers);
+        let devices = vec![Device::cpu(); stages * world];
+        Self::on(params, &config, stages, &devices)
+    }
+
+    /// Loads rank i onto `devices[i]`. The list may mix GPUs of any vendor and the CPU, and may name a device several times: those
+    /// ranks then live in one place and are summed there, unless the device is [`Device::isolated`].
+    ///
+    /// # Errors
+    /// An empty list, more devices than query heads, a device that can't be opened or has too little memory.
+    pub fn load_on_gpus(params: Parameters, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        Self::load_grid(params, ParallelConfig::default(), devices)
+    }
+
+    /// Loads a grid: the list is cut into `config`'s stages (by default one), a rank a device. `config`'s shares weight the ranks.
+    ///
+    /// # Errors
+    /// As [`Self::load_on_gpus`]; a list that the stages don't divide; shares that don't fit.
+    pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        let config = config.into();
+        let devices: Vec<Device> = devices.into_iter().collect();
+        Self::on(params, &config, config.stages.unwrap_or(1), &devices)
+    }
+
+    /// Loads rank `config.rank` only, on the CPU, and joins the other ranks through `collective`. Every member answers with full
+    /// logits, and all must make the same calls in the same order.
+    ///
+    /// # Errors
+    /// A collective of another size than the world or of another rank than the config; members with another checkpoint or partition.
+    pub fn load_with(params: Parameters, config: impl Into<ParallelConfig>, collective: Arc<dyn Collective>) -> Result<Self> {
+        let config = config.into();
+        config.validate(params.config())?;
+        let (world, rank) = (config.tensor.world_size, config.tensor.rank);
+        if (collective.size(), collective.rank()) != (world, rank) {
+            let (size, member) = (collective.size(), collective.rank());
+            return Err(Error::Collective(format!("it is member {member} of {size}, the configuration is rank {rank} of {world}")));
+        }
+        let stages = config.stages.unwrap_or(1);
+        if stages != 1 {
+            let right = "use one stage where ranks are in several processes".into();
+            return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
+        }
+        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective)?;
+        Ok(Self { grid })
+    }
+
+    fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
+        let world = ranks_per_stage(devices.len(), stages)?;
+        let mut config = config.clone().stages(stages);
+        config.tensor = TensorParallelConfig::new(world, 0);
+        config.validate(params.config())?;
+        let local: Vec<usize> = (0..world).collect();
+        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))? })
+    }
+
+    /// The model's numbers.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        self.grid.params().config()
+    }
+
+    /// The checkpoint that it was loaded from.
+    #[must_use]
+    pub fn parameters(&self) -> &Parameters {
+        self.grid.params()
+    }
+
+    /// Computes one token at the state's position and advances it; the logits land in the state. Exact: for one grid and machine the
+    /// same bits with any number of threads, token by token or prefilled in any chunks. `debug` reports each step to stderr.
+    ///
+    /// # Panics
+    /// Where [`Self::try_forward`] returns an error.
+    pub fn forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
+        self.step(state, &[token], Numerics::Exact, debug).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// [`Self::forward`] without the promise of bits. Until it has faster kernels of its own it runs the exact ones; on a state with
+    /// an f16 cache it differs from [`Self::forward`] on an f32 cache by that rounding only.
+    ///
+    /// # Panics
+    /// Where [`Self::try_fast_forward`] returns an error.
+    pub fn fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
+        self.step(state, &[token], Numerics::Fast, debug).unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// [`Self::forward`] without the panic. After an error the state is as before.
+    ///
+    /// # Errors
+    /// A token outside the vocabulary, a full context or cache, a state of another checkpoint, a lost device.
+    pub fn try_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
+        self.step(state, &[token], Numerics::Exact, false)
+    }
+
+    /// [`Self::fast_forward`] without the panic.
+    ///
+    /// # Errors
+    /// As [`Self::try_forward`].
+    pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
+        self.step(state, &[token], Numerics::Fast, false)
+    }
+
+    /// Computes a whole prompt in chunks; the logits of its last token land in the state. The numerics of [`Self::forward`].
+    ///
+    /// # Errors
+    /// As [`Self::try_forward`], and for an empty prompt.
+    pub fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
+        self.step(state, tokens, Numerics::Exact, false)
+    }
+
+    /// [`Self::prefill`] with the numerics of [`Self::fast_forward`].
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
+        self.step(state, tokens, Numerics::Fast, false)
+    }
+
+    /// [`Self::prefill`] that answers with the logits of every token: `[tokens, vocab_size]`.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn prefill_logits(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.prefill_logits_in_chunks(state, tokens, usize::MAX)
+    }
+
+    /// [`Self::prefill_logits`] in chunks of at most `chunk` tokens. The same bits for every chunk.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn prefill_logits_in_chunks(&self, state: &mut InferenceState, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        self.grid.advance(state, tokens, How { want: Want::All, numerics: Numerics::Exact, chunk, debug: false })
+    }
+
+    fn step(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics, debug: bool) -> Result<()> {
+        self.grid.advance(state, tokens, How { want: Want::Last, numerics, chunk: usize::MAX, debug }).map(drop)
+    }
+
+    /// Every rank, where it is and what it holds.
+    #[must_use]
+    pub fn ranks(&self) -> &[RankInfo] {
+        self.grid.ranks()
+    }
+
+    /// What every place has done since it was loaded, stage after stage.
+    ///
+    /// # Errors
+    /// If the model's driver thread has ended.
+    pub fn counts(&self) -> Result<Vec<PlaceCounts>> {
+        self.grid.counts()
+    }
+
+    /// All-reduces and gathers through the host so far.
+    ///
+    /// # Errors
+    /// If the model's driver thread has ended.
+    pub fn collectives(&self) -> Result<u64> {
+        self.grid.collectives()
+    }
+
+    /// Pages of the KV cache that states hold now.
+    #[must_use]
+    pub fn kv_pages_held(&self) -> usize {
+        self.grid.pages_held()
+    }
+
+    /// Records from now on what each rank does when.
+    pub fn start_trace(&self) {
+        self.grid.trace().start();
+    }
+
+    /// Seconds recorded since [`Self::start_trace`], summed over ranks: computing, reading, reducing, writing.
+    #[must_use]
+    pub fn traced_seconds(&self) -> [f64; 4] {
+        self.grid.trace().seconds()
+    }
+
+    /// Writes what was recorded as a Chrome/Perfetto trace: one JSON document with `traceEvents`.
+    ///
+    /// # Errors
+    /// If the file can't be written.
+    pub fn write_trace(&self, path: impl AsRef<Path>) -> Result<()> {
+        self.grid.trace().write(path.as_ref())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params(name: &str) -> Parameters {
+        Parameters::load(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)).unwrap()
+    }
+
+    fn load(name: &str, world: usize) -> TensorParallelMistral {
+        TensorParallelMistral::load(params(name), TensorParallelConfig::new(world, 0)).unwrap()
+    }
+
+    fn bits(logits: &[f32]) -> Vec<u32> {
+        logits.iter().map(|v| v.to_bits()).collect()
+    }
+
+    #[test]
+    fn token_by_token_and_prefilled_have_the_same_bits() {
+        for (name, world) in [("uneven", 3), ("sliding", 2), ("sharded-f16", 1)] {
+            let model = load(name, world);
+            let ids: Vec<u32> = (0..30).collect();
+            let (mut stepped, mut filled) = (InferenceState::new(model.config()), InferenceState::new(model.config()));
+            ids.iter().for_each(|&id| model.forward(&mut stepped, id, false));
+            model.prefill(&mut filled, &ids).unwrap();
+            assert_eq!(bits(stepped.logits()), bits(filled.logits()), "{name}");
+            assert_eq!((stepped.position(), stepped.tokens()), (30, filled.tokens()), "{name}");
+        }
+    }
+
+    #[test]
+    fn any_rank_of_the_config_answers_with_full_logits() {
+        let ids = [3, 1, 4, 1, 5];
+        let answers = [0, 1, 2].map(|rank| {
+            let model = TensorParallelMistral::load(params("uneven"), TensorParallelConfig::new(3, rank)).unwrap();
+            let mut state = InferenceState::new(model.config());
+            model.prefill(&mut state, &ids).unwrap();
+            assert_eq!(state.logits().len(), model.config().vocab_size);
+            bits(state.logits())
+        });
+        assert!(answers[0] == answers[1] && answers[1] == answers[2]);
+    }
+
+    #[test]
+    fn a_failed_step_leaves_the_state_as_it_was_and_the_model_usable() {
+        let model = load("tied", 2);
+        let mut state = InferenceState::new(model.config());
+        model.prefill(&mut state, &[1, 2, 3]).unwrap();
+        let before = bits(state.logits());
+        assert!(matches!(model.try_forward(&mut state, 300), Err(Error::TokenOutOfRange { token: 300, vocab_size: 300 })));
+        assert_eq!((bits(state.logits()), state.position()), (before, 3));
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| model.forward(&mut state, 300, false)));
+        assert!(panic.unwrap_err().downcast_ref::<String>().unwrap().contains("token 300"));
+        model.forward(&mut state, 4, false);
+        assert_eq!(state.position(), 4);
+    }
+
+    #[test]
+    fn an_f16_cache_stays_within_its_rounding_and_takes_half_the_pages() {
+        let model = load("gqa-headdim", 2);
+        let ids: Vec<u32> = (0..200).map(|i| i * 3 % 384).collect();
+        let [exact, half] = [crate::KvType::F32, crate::KvType::F16].map(|kv| {
+            let mut state = InferenceState::with_kv(model.config(), kv);
+            model.fast_prefill(&mut state, &ids).unwrap();
+            state
+        });
+        let gap = exact.logits().iter().zip(half.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+        assert!(gap > 0.0 && gap < 0.05, "{gap}");
+        assert_eq!((exact.kv_pages(), half.kv_pages()), (4, 2));
+        drop((exact, half));
+        assert_eq!(model.kv_pages_held(), 0);
+    }
+
+    #[test]
+    fn many_threads_share_a_model_even_inside_a_callers_own_pool() {
+        let model = load("tiny-mistral", 2);
+        let run = |seed: u32| {
+            let mut state = InferenceState::new(model.config());
+            let ids: Vec<u32> = (0..20).map(|i| (i * seed) % 320).collect();
+            model.prefill(&mut state, &ids).unwrap();
+            bits(state.logits())
+        };
+        let alone: Vec<_> = (1..=8).map(run).collect();
+        let shared = std::thread::scope(|scope| {
+            let threads: Vec<_> = (1..=8).map(|seed| scope.spawn(move || run(seed))).collect();
+            threads.into_iter().map(|t| t.join().unwrap()).collect::<Vec<_>>()
+        });
+        assert_eq!(alone, shared);
+        #[cfg(feature = "parallel")]
+        {
+            use rayon::prelude::*;
+            let inside: Vec<_> = (1..=8u32).into_par_iter().map(run).collect();
+            assert_eq!(alone, inside);
+        }
+    }
+
+    #[test]
+    fn what_callers_share_between_threads_is_send_and_sync() {
+        fn check<T: Send + Sync>() {}
+        check::<TensorParallelMistral>();
+        check::<Parameters>();
+        check::<Device>();
+        check::<InferenceState>();
+        check::<Error>();
+    }
+}

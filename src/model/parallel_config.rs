@@ -1,0 +1,187 @@
+//! [`ParallelConfig`]: everything about how a model is spread, in one value.
+
+use super::pipeline::PipelineConfig;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::kernels::parallel::WorkDistributionConfig;
+use crate::partition::{Partition, TensorParallelConfig};
+
+/// How a model runs: the grid of stages x ranks, the pipeline over its stages, and the threads of its CPU ranks.
+///
+/// Whatever the configuration, products are cut adaptively and heads run in parallel.
+///
+/// ```
+/// use torchless::{ParallelConfig, TensorParallelConfig};
+///
+/// // Default (adaptive matmul, parallel heads)
+/// let config = ParallelConfig::default();
+/// assert_eq!(config.tensor.world_size, 1);
+///
+/// // Pipeline parallelism with 4 micro-batches, here over 2 stages
+/// let config = ParallelConfig::pipeline(4).stages(2);
+/// assert_eq!((config.pipeline.num_micro_batches, config.stages), (4, Some(2)));
+///
+/// // Tensor parallelism over a device that is three times as fast as the other
+/// let config = ParallelConfig::tensor_parallel(2, 0).with_shares(vec![3.0, 1.0]);
+/// assert_eq!(config.tensor, TensorParallelConfig::new(2, 0));
+/// ```
+#[derive(Debug, Clone, Default, PartialEq)]
+#[non_exhaustive]
+pub struct ParallelConfig {
+    /// Ranks of each stage.
+    pub tensor: TensorParallelConfig,
+    /// Micro-batches over the stages.
+    pub pipeline: PipelineConfig,
+    /// Stages; `None` for min(4, layers) if this is [`Self::pipeline`]'s, otherwise 1.
+    pub stages: Option<usize>,
+    /// What each rank should own in proportion to the others; `None` for the same.
+    pub shares: Option<Vec<f64>>,
+    /// How products are cut for threads.
+    pub work: WorkDistributionConfig,
+    /// Threads of the CPU; `None` for one a core.
+    pub threads: Option<usize>,
+    /// Positions that the KV cache has room for, over all sequences; `None` leaves it to the model.
+    pub kv_positions: Option<usize>,
+    /// Whether `stages: None` asks for several.
+    pipelined: bool,
+}
+
+impl ParallelConfig {
+    /// Stages that compute at the same time, filled with so many micro-batches.
+    #[must_use]
+    pub fn pipeline(micro_batches: usize) -> Self {
+        let pipeline = PipelineConfig { num_micro_batches: micro_batches, async_execution: true, ..PipelineConfig::default() };
+        Self { pipeline, pipelined: true, ..Self::default() }
+    }
+
+    /// Every matrix split over `world_size` ranks, of which this is `rank`. Checked when a model is loaded.
+    #[must_use]
+    pub fn tensor_parallel(world_size: usize, rank: usize) -> Self {
+        TensorParallelConfig::new(world_size, rank).into()
+    }
+
+    /// One rank and one stage, with chunks and micro-batches that suit the model's sizes.
+    #[must_use]
+    pub fn for_model(config: &Config) -> Self {
+        let pipeline = PipelineConfig::for_model(config.n_layers, config.hidden_size, PipelineConfig::default().memory_budget);
+        let work = WorkDistributionConfig::for_matmul(config.intermediate_size, config.hidden_size);
+        Self { pipeline, work, ..Self::default() }
+    }
+
+    /// Sets the number of stages.
+    #[must_use]
+    pub fn stages(mut self, stages: usize) -> Self {
+        self.stages = Some(stages);
+        self
+    }
+
+    /// Sets what each rank should own in proportion to the others, such as `vec![3.0, 1.0]`.
+    #[must_use]
+    pub fn with_shares(mut self, shares: Vec<f64>) -> Self {
+        self.shares = Some(shares);
+        self
+    }
+
+    /// Bounds the threads of the CPU.
+    #[must_use]
+    pub fn threads(mut self, threads: usize) -> Self {
+        self.threads = Some(threads);
+        self
+    }
+
+    /// Sets how many positions, over all sequences, the KV cache has room for.
+    #[must_use]
+    pub fn kv_positions(mut self, positions: usize) -> Self {
+        self.kv_positions = Some(positions);
+        self
+    }
+
+    /// The stages of a model of `n_layers` layers: those asked for, or the default.
+    pub(crate) fn stages_for(&self, n_layers: usize) -> usize {
+        self.stages.unwrap_or(if self.pipelined { n_layers.min(4) } else { 1 })
+    }
+
+    /// Whether a model with these sizes can run so.
+    ///
+    /// # Errors
+    /// No ranks, a rank outside its world, more ranks than query heads, stages that the layers can't fill, shares that aren't
+    /// one positive number a rank, or no micro-batches, threads or KV positions.
+    pub fn validate(&self, config: &Config) -> Result<()> {
+        self.tensor.validate()?;
+        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
+        let counts =
+            [("num_micro_batches", Some(self.pipeline.num_micro_batches)), ("threads", self.threads), ("kv_positions", self.kv_positions)];
+        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
+            Some((option, _)) => Err(Error::Option { option, value: "0".into(), right: "at least 1 is needed" }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl From<TensorParallelConfig> for ParallelConfig {
+    fn from(tensor: TensorParallelConfig) -> Self {
+        Self { tensor, ..Self::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::partition::tests::sizes;
+
+    #[test]
+    fn stages_default_to_four_at_most_for_pipelines_and_one_otherwise() {
+        for (n_layers, stages) in [(1, 1), (2, 2), (4, 4), (32, 4)] {
+            assert_eq!(ParallelConfig::pipeline(4).stages_for(n_layers), stages, "{n_layers} layers");
+        }
+        for config in [ParallelConfig::default(), ParallelConfig::tensor_parallel(2, 0), ParallelConfig::for_model(&sizes(8, 2))] {
+            assert_eq!(config.stages_for(32), 1);
+            assert_eq!(config.stages(3).stages_for(32), 3);
+        }
+    }
+
+    #[test]
+    fn builders_set_their_field_and_no_other() {
+        let built =
+            ParallelConfig::from(TensorParallelConfig::new(2, 1)).stages(2).with_shares(vec![3.0, 1.0]).threads(5).kv_positions(640);
+        let expected = ParallelConfig {
+            tensor: TensorParallelConfig { world_size: 2, rank: 1 },
+            stages: Some(2),
+            shares: Some(vec![3.0, 1.0]),
+            threads: Some(5),
+            kv_positions: Some(640),
+            ..ParallelConfig::default()
+        };
+        assert_eq!(built, expected);
+    }
+
+    #[test]
+    fn what_cannot_run_is_refused_with_the_numbers() {
+        let model = sizes(8, 2); // and 6 layers
+        let tensor = |world, rank| ParallelConfig::tensor_parallel(world, rank);
+        for good in [
+            ParallelConfig::default(),
+            ParallelConfig::pipeline(4),
+            ParallelConfig::for_model(&model),
+            tensor(8, 7).stages(6),
+            tensor(2, 0).with_shares(vec![1000.0, 1.0]).threads(1).kv_positions(1),
+        ] {
+            good.validate(&model).unwrap_or_else(|e| panic!("{good:?}: {e}"));
+        }
+        for (bad, words) in [
+            (tensor(0, 0), "world size is 0"),
+            (tensor(2, 2), "rank 2 does not exist in a world of 2"),
+            (tensor(9, 0), "9 ranks cannot share 8 query heads"),
+            (ParallelConfig::default().stages(0), "0 stages cannot share 6 layers"),
+            (ParallelConfig::default().stages(7), "7 stages cannot share 6 layers"),
+            (tensor(2, 0).with_shares(vec![1.0]), "[1.0] do not fit 2 ranks"),
+            (tensor(2, 0).with_shares(vec![1.0, 0.0]), "[1.0, 0.0] do not fit 2 ranks"),
+            (ParallelConfig::pipeline(0), "num_micro_batches 0"),
+            (ParallelConfig::default().threads(0), "threads 0"),
+            (ParallelConfig::default().kv_positions(0), "kv_positions 0"),
+        ] {
+            let message = bad.validate(&model).expect_err(words).to_string();
+            assert!(message.contains(words), "{message:?} should say {words:?}");
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! [`InferenceState`]: one sequence, its tokens and where it stands.
+
+use std::borrow::Borrow;
+
+use crate::backend::KvType;
+use crate::config::Config;
+use crate::model::kv::Lease;
+
+/// One sequence: its tokens, the logits after the last, and the cache of their keys and values.
+///
+/// The cache is only a cache: it is leased from a model at first use and can be rebuilt from the tokens by another model of the same
+/// checkpoint. Dropping the state frees its pages.
+#[derive(Debug)]
+pub struct InferenceState {
+    pub(crate) config: Config,
+    pub(crate) kv: KvType,
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) logits: Vec<f32>,
+    pub(crate) lease: Option<Lease>,
+    /// The checkpoint that the tokens were computed with, once there are any.
+    pub(crate) checkpoint: Option<u64>,
+}
+
+impl InferenceState {
+    /// An empty sequence with an f32 cache.
+    #[must_use]
+    pub fn new(config: impl Borrow<Config>) -> Self {
+        Self::with_kv(config, KvType::F32)
+    }
+
+    /// An empty sequence whose cache is of type `kv`.
+    #[must_use]
+    pub fn with_kv(config: impl Borrow<Config>, kv: KvType) -> Self {
+        let config = config.borrow().clone();
+        Self { config, kv, tokens: Vec::new(), logits: Vec::new(), lease: None, checkpoint: None }
+    }
+
+    /// The logits after the last token: `[vocab_size]`, or empty before the first step and after [`Self::truncate`].
+    #[must_use]
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// The position that the next token takes: the number of tokens so far.
+    #[must_use]
+    pub fn position(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// The tokens so far.
+    #[must_use]
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// How keys and values are cached.
+    #[must_use]
+    pub fn kv_type(&self) -> KvType {
+        self.kv
+    }
+
+    /// Pages of the KV cache held now; a page holds 64 positions in f32, 128 in f16.
+    #[must_use]
+    pub fn kv_pages(&self) -> usize {
+        self.lease.as_ref().map_or(0, Lease::pages)
+    }
+
+    /// Forgets everything.
+    pub fn reset(&mut self) {
+        *self = Self::with_kv(&self.config, self.kv);
+    }
+
+    /// Forgets all but the first `n` tokens, and the logits unless nothing is forgotten.
+    pub fn truncate(&mut self, n: usize) {
+        if n >= self.tokens.len() {
+            return;
+        }
+        self.tokens.truncate(n);
+        self.logits.clear();
+        let seen = self.first_seen(n);
+        if n == 0 || self.lease.as_mut().is_some_and(|lease| !lease.truncate(n, seen)) {
+            self.lease = None;
+        }
+    }
+
+    /// The first position that a row at `position` sees.
+    pub(crate) fn first_seen(&self, position: usize) -> usize {
+        self.config.sliding_window.map_or(0, |w| (position + 1).saturating_sub(w))
+    }
+}

@@ -1,0 +1,160 @@
+//! [`Parameters`]: a checkpoint, mapped and checked.
+
+mod by_tensor;
+mod files;
+mod fingerprint;
+mod generation;
+mod safetensors;
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::config::{CONFIG_LIMIT, Config, Keys, read_at_most};
+use crate::error::{Error, Result};
+use crate::kernels::matrix::Matrix;
+pub use generation::GenerationConfig;
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// A checkpoint in a Hugging Face directory: its sizes, and its tensors where they lie in the mapped files.
+///
+/// Cloning copies nothing, and all clones share the maps.
+#[derive(Clone)]
+pub struct Parameters(Arc<Checkpoint>);
+
+struct Checkpoint {
+    path: PathBuf,
+    config: Config,
+    generation: GenerationConfig,
+    /// Every tensor of the model, and no other; a vector is a matrix of one row.
+    tensors: HashMap<String, Matrix>,
+    fingerprint: u64,
+}
+
+impl Parameters {
+    /// Opens the directory of a checkpoint: `config.json`, `model.safetensors` or its shards, and `generation_config.json` if it is there.
+    ///
+    /// Every tensor that the model needs is checked before this returns, and none is read: the files are mapped.
+    /// While any clone lives, the files must not be changed: reading a mapped file that was cut short ends the process (SIGBUS).
+    /// Infinities and NaN among the weights are not looked for.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; those of [`Config::load`]; [`Error::Checkpoint`] if a safetensors file is damaged; [`Error::Tensor`] if a tensor
+    /// is missing, or isn't what the sizes make it; [`Error::Unsupported`] if a layer has biases.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let dir = path.as_ref();
+        // Fails on what isn't a directory, by the right name.
+        fs::read_dir(dir).map_err(Error::io("open", dir))?;
+        let config_path = dir.join("config.json");
+        let json = read_at_most(&config_path, CONFIG_LIMIT)?;
+        let config = Config::from_json(&json, &config_path)?;
+        let generation = GenerationConfig::load(dir, &Keys::parse(&json, &config_path)?)?;
+
+        let files = files::open_all(dir)?;
+        let mut tensors = HashMap::new();
+        // One by one: a config may claim any number of layers, and the first that is missing must end this.
+        for (name, shape) in tensors_of(&config) {
+            let file = files.iter().find(|file| file.has(&name));
+            let file = file.ok_or_else(|| Error::tensor(&name, format!("is missing from the checkpoint in {}", dir.display())))?;
+            let bias = name.replace(".weight", ".bias");
+            if files.iter().any(|file| file.has(&bias)) {
+                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases" });
+            }
+            let matrix = file.matrix(&name, &shape)?;
+            tensors.insert(name, matrix);
+        }
+        let fingerprint = fingerprint::fingerprint(&json, &files);
+        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint })))
+    }
+
+    /// The model's sizes and constants.
+    #[must_use]
+    pub fn config(&self) -> &Config {
+        &self.0.config
+    }
+
+    /// The tokens that begin and end a text.
+    #[must_use]
+    pub fn generation(&self) -> &GenerationConfig {
+        &self.0.generation
+    }
+
+    /// The directory that was loaded.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// A whole tensor of the model by its name in the checkpoint: `[out_features, in_features]`; a vector is a matrix of one row.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the model has no tensor of that name.
+    pub fn tensor(&self, name: &str) -> Result<Matrix> {
+        let matrix = self.0.tensors.get(name).cloned();
+        matrix.ok_or_else(|| Error::tensor(name, format!("is not part of the model in {}", self.0.path.display())))
+    }
+
+    /// Bytes of all tensors of the model, as they are stored.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.tensors.values().map(|matrix| matrix.bytes() as u64).sum()
+    }
+
+    /// A number that stays the same for a checkpoint wherever it lies, and differs for another one.
+    ///
+    /// It is a hash of the config, of all headers and of a few KiB of samples of each file's data: no proof against a forgery.
+    #[must_use]
+    pub fn fingerprint(&self) -> u64 {
+        self.0.fingerprint
+    }
+
+    /// A row for each token: `[vocab_size, hidden_size]`.
+    pub(crate) fn embedding(&self) -> Matrix {
+        self.0.tensors[EMBEDDING].clone()
+    }
+
+    /// The name of the head, `[vocab_size, hidden_size]`: the embedding where the two are tied.
+    pub(crate) fn head_name(&self) -> &'static str {
+        head_name(&self.0.config)
+    }
+
+    /// Where a file of the directory lies, if it is there.
+    pub(crate) fn file(&self, name: &str) -> Option<PathBuf> {
+        Some(self.0.path.join(name)).filter(|path| path.is_file())
+    }
+}
+
+impl std::fmt::Debug for Parameters {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Parameters").field("path", &self.0.path).field("config", &self.0.config).finish_non_exhaustive()
+    }
+}
+
+fn head_name(config: &Config) -> &'static str {
+    if config.tie_word_embeddings { EMBEDDING } else { HEAD }
+}
+
+/// Every tensor of a model with these sizes, with its shape, as transformers' `MistralForCausalLM` names them.
+fn tensors_of(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
+    let (hidden, channels, q, kv) = (config.hidden_size, config.intermediate_size, config.q_dim(), config.kv_dim());
+    let embedding = vec![config.vocab_size, hidden];
+    let ends = [(EMBEDDING, embedding.clone()), ("model.norm.weight", vec![hidden])];
+    let head = (!config.tie_word_embeddings).then_some((HEAD, embedding));
+    let layer = [
+        ("input_layernorm", vec![hidden]),
+        ("self_attn.q_proj", vec![q, hidden]),
+        ("self_attn.k_proj", vec![kv, hidden]),
+        ("self_attn.v_proj", vec![kv, hidden]),
+        ("self_attn.o_proj", vec![hidden, q]),
+        ("post_attention_layernorm", vec![hidden]),
+        ("mlp.gate_proj", vec![channels, hidden]),
+        ("mlp.up_proj", vec![channels, hidden]),
+        ("mlp.down_proj", vec![hidden, channels]),
+    ];
+    let layers =
+        (0..config.n_layers).flat_map(move |i| layer.clone().map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape)));
+    ends.into_iter().chain(head).map(|(name, shape)| (name.to_owned(), shape)).chain(layers)
+}

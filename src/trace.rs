@@ -1,0 +1,124 @@
+//! What a model did when, for Perfetto and `chrome://tracing`.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use serde_json::json;
+
+use crate::error::{Error, Result};
+
+/// Spans kept at most: about 100 MB of JSON. Later ones are counted and dropped.
+const MOST: usize = 1 << 20;
+
+/// What a span of time was spent on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Category {
+    Compute,
+    Read,
+    Reduce,
+    Write,
+}
+
+impl Category {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Compute => "compute",
+            Self::Read => "read",
+            Self::Reduce => "reduce",
+            Self::Write => "write",
+        }
+    }
+}
+
+/// A row of the picture: a rank of a stage.
+#[derive(Debug, Clone)]
+pub(crate) struct TraceRow {
+    pub stage: usize,
+    pub rank: usize,
+    pub device: String,
+}
+
+#[derive(Debug)]
+struct Span {
+    row: usize,
+    category: Category,
+    start: Instant,
+    end: Instant,
+    batch: u64,
+    rows: usize,
+}
+
+/// Records spans once it is started.
+#[derive(Debug)]
+pub(crate) struct Trace {
+    on: AtomicBool,
+    origin: Instant,
+    rows: Vec<TraceRow>,
+    spans: Mutex<(Vec<Span>, usize)>,
+}
+
+impl Trace {
+    pub(crate) fn new(rows: Vec<TraceRow>) -> Self {
+        Self { on: AtomicBool::new(false), origin: Instant::now(), rows, spans: Mutex::default() }
+    }
+
+    pub(crate) fn start(&self) {
+        self.on.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        self.on.load(Ordering::Relaxed)
+    }
+
+    /// One span, from `start` to now, for each of `ranks` of `stage`.
+    pub(crate) fn span(&self, stage: usize, ranks: &[usize], category: Category, start: Instant, batch: u64, rows: usize) {
+        if !self.is_on() {
+            return;
+        }
+        let end = Instant::now();
+        let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        for row in 0..self.rows.len() {
+            if self.rows[row].stage == stage && ranks.contains(&self.rows[row].rank) {
+                if spans.0.len() < MOST {
+                    spans.0.push(Span { row, category, start, end, batch, rows });
+                } else {
+                    spans.1 += 1;
+                }
+            }
+        }
+    }
+
+    /// Seconds spent on each category, summed over rows: compute, read, reduce, write.
+    pub(crate) fn seconds(&self) -> [f64; 4] {
+        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sums = [0.0; 4];
+        for span in &spans.0 {
+            sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+        }
+        sums
+    }
+
+    /// Writes one JSON document with `traceEvents`, a `tid` a (stage, rank).
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        let micros = |t: Instant| t.saturating_duration_since(self.origin).as_secs_f64() * 1e6;
+        let names = self.rows.iter().enumerate().map(|(tid, row)| {
+            let name = format!("stage {} rank {} ({})", row.stage, row.rank, row.device);
+            json!({"name": "thread_name", "ph": "M", "pid": 1, "tid": tid, "args": {"name": name}})
+        });
+        let events = spans.0.iter().map(|s| {
+            let (row, category) = (&self.rows[s.row], s.category.name());
+            let args = json!({"stage": row.stage, "rank": row.rank, "micro_batch": s.batch, "rows": s.rows});
+            json!({"name": category, "cat": category, "ph": "X", "pid": 1, "tid": s.row, "ts": micros(s.start),
+                "dur": (s.end - s.start).as_secs_f64() * 1e6, "args": args})
+        });
+        let document = json!({"traceEvents": names.chain(events).collect::<Vec<_>>(), "displayTimeUnit": "ms", "dropped": spans.1});
+        let file = std::fs::File::create(path).map_err(Error::io("create", path))?;
+        let mut file = std::io::BufWriter::new(file);
+        serde_json::to_writer(&mut file, &document).map_err(|e| Error::io("write", path)(e.into()))?;
+        file.flush().map_err(Error::io("write", path))
+    }
+}

@@ -1,0 +1,176 @@
+//! Small checkpoints of any shape, with random weights.
+#![allow(dead_code)] // every test binary compiles this and uses a part
+
+pub mod fixture;
+pub mod reference;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::Path;
+
+use half::{bf16, f16};
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+use serde_json::{Value, json};
+
+/// What [`write_checkpoint`] writes. The default is a small plain model that loads.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Equal seeds give equal weights, up to the rounding of `dtype`, however they are sharded.
+    pub seed: u64,
+    /// `mistral` or `llama`.
+    pub model_type: &'static str,
+    pub vocab: usize,
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub layers: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    /// Need not be `hidden / heads`.
+    pub head_dim: usize,
+    pub sliding_window: Option<usize>,
+    pub max_positions: usize,
+    pub tied: bool,
+    /// `F32`, `F16` or `BF16`.
+    pub dtype: Dtype,
+    /// 1 writes `model.safetensors`; more write an index too. Layers straddle shards.
+    pub shards: usize,
+    /// `rope_theta` within `rope_parameters`.
+    pub transformers5: bool,
+}
+
+impl Default for Spec {
+    fn default() -> Self {
+        Self {
+            seed: 1,
+            model_type: "mistral",
+            vocab: 40,
+            hidden: 16,
+            intermediate: 24,
+            layers: 2,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 4,
+            sliding_window: None,
+            max_positions: 256,
+            tied: false,
+            dtype: Dtype::F32,
+            shards: 1,
+            transformers5: false,
+        }
+    }
+}
+
+impl Spec {
+    fn config(&self) -> Value {
+        let mut config = json!({
+            "model_type": self.model_type,
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": self.max_positions,
+            "sliding_window": self.sliding_window,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        });
+        if self.transformers5 {
+            config["rope_parameters"] = json!({"rope_theta": 10000.0, "rope_type": "default"});
+        } else {
+            config["rope_theta"] = json!(10000.0);
+        }
+        config
+    }
+
+    /// Names and shapes, in an order that doesn't depend on how they are stored.
+    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (hidden, channels) = (self.hidden, self.intermediate);
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let mut tensors = vec![("model.embed_tokens.weight".into(), vec![self.vocab, hidden])];
+        for layer in 0..self.layers {
+            for (name, shape) in [
+                ("input_layernorm", vec![hidden]),
+                ("self_attn.q_proj", vec![q, hidden]),
+                ("self_attn.k_proj", vec![kv, hidden]),
+                ("self_attn.v_proj", vec![kv, hidden]),
+                ("self_attn.o_proj", vec![hidden, q]),
+                ("post_attention_layernorm", vec![hidden]),
+                ("mlp.gate_proj", vec![channels, hidden]),
+                ("mlp.up_proj", vec![channels, hidden]),
+                ("mlp.down_proj", vec![hidden, channels]),
+            ] {
+                tensors.push((format!("model.layers.{layer}.{name}.weight"), shape));
+            }
+        }
+        tensors.push(("model.norm.weight".into(), vec![hidden]));
+        if !self.tied {
+            tensors.push(("lm_head.weight".into(), vec![self.vocab, hidden]));
+        }
+        tensors
+    }
+}
+
+/// Writes the checkpoint that `spec` describes into `dir`, which must exist. There is no tokenizer.
+pub fn write_checkpoint(dir: &Path, spec: &Spec) {
+    write_json(&dir.join("config.json"), &spec.config());
+    write_json(&dir.join("generation_config.json"), &json!({"bos_token_id": 1, "eos_token_id": 2}));
+
+    let mut random = ChaCha8Rng::seed_from_u64(spec.seed);
+    let tensors: Vec<_> = spec
+        .tensors()
+        .into_iter()
+        .map(|(name, shape)| {
+            let values = values(&mut random, &shape);
+            (name, shape, stored(&values, spec.dtype))
+        })
+        .collect();
+
+    let mut weight_map = BTreeMap::new();
+    for i in 0..spec.shards {
+        let shard = &tensors[tensors.len() * i / spec.shards..tensors.len() * (i + 1) / spec.shards];
+        let file = match spec.shards {
+            1 => "model.safetensors".to_owned(),
+            n => format!("model-{:05}-of-{n:05}.safetensors", i + 1),
+        };
+        weight_map.extend(shard.iter().map(|(name, ..)| (name.clone(), file.clone())));
+        let views = shard.iter().map(|(name, shape, bytes)| (name, TensorView::new(spec.dtype, shape.clone(), bytes).unwrap()));
+        let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+        safetensors::serialize_to_file(views, Some(metadata), &dir.join(file)).unwrap();
+    }
+    if spec.shards > 1 {
+        let total: usize = tensors.iter().map(|(.., bytes)| bytes.len()).sum();
+        let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+        write_json(&dir.join("model.safetensors.index.json"), &index);
+    }
+}
+
+fn write_json(path: &Path, value: &Value) {
+    fs::write(path, serde_json::to_string_pretty(value).unwrap()).unwrap();
+}
+
+/// A norm about 1, so that leaving it out shows; a matrix that keeps the size of what it multiplies.
+fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> Vec<f32> {
+    let (centre, spread) = match *shape {
+        [_, inputs] => (0.0, (3.0 / inputs as f32).sqrt()),
+        _ => (1.0, 0.3),
+    };
+    let uniform = |random: &mut ChaCha8Rng| random.next_u32() as f32 / u32::MAX as f32 * 2.0 - 1.0;
+    (0..shape.iter().product()).map(|_| centre + spread * uniform(random)).collect()
+}
+
+fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
+        Dtype::BF16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        other => panic!("checkpoints are not written as {other}"),
+    }
+}
