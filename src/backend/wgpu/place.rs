@@ -61,6 +61,7 @@ pub(crate) struct GpuPlace {
     dispatches: Vec<Dispatch>,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
+    tiled: usize,
     /// What a segment reads, on its way to the host.
     staging: wgpu::Buffer,
     flight: Option<Flight>,
@@ -131,6 +132,7 @@ impl GpuPlace {
             segments,
             dispatches,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
+            tiled: tuning.tiled,
             staging,
             flight: None,
             output: Vec::new(),
@@ -189,7 +191,7 @@ impl Place for GpuPlace {
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
-            if dispatch.encode(&mut pass, batch, self.dimension) {
+            if dispatch.encode(&mut pass, batch, self.dimension, self.tiled) {
                 self.counts.dispatches += 1;
             }
         }

@@ -1,7 +1,8 @@
 //! Limits and losses are errors that say what happened.
 
-use super::rig::{Model, Numbers, ROOM, gpus, matrix, run, try_run};
+use super::rig::{Model, Numbers, ROOM, gpus, gpus_named, matrix, run, try_run};
 use crate::backend::wgpu::GpuPlace;
+use crate::backend::wgpu::gpu::{Gpu, Owner};
 use crate::backend::{Place, Room};
 use crate::error::Error;
 use crate::kernels::matrix::DType;
@@ -49,6 +50,36 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
             Err(e) => Some(Err(e)),
         });
         assert!(matches!(outcome, Some(Err(Error::DeviceLost { .. }))), "{device}: {outcome:?}");
+    }
+}
+
+#[test]
+fn memory_that_is_not_there_is_an_error_with_its_bytes_and_the_device_lives_on() {
+    // It promises buffers of 1 GiB and never has one.
+    for device in gpus_named("SwiftShader") {
+        let owner = Owner { stage: 1, ranks: vec![2], device: device.to_string() };
+        let gpu = Gpu::open(device.adapter().unwrap(), owner).unwrap();
+        let error = gpu.buffer("the head", 1 << 30, wgpu::BufferUsages::STORAGE).unwrap_err();
+        assert!(
+            matches!(&error, Error::OutOfMemory { stage: 1, wanted, what, .. } if (*wanted, &what[..]) == (1 << 30, "the head")),
+            "{error}"
+        );
+        gpu.buffer("something small", 1 << 10, wgpu::BufferUsages::STORAGE).unwrap();
+    }
+}
+
+#[test]
+fn what_wgpu_refuses_is_an_error_and_no_panic() {
+    for device in gpus() {
+        let adapter = device.adapter().unwrap();
+        let gpu = Gpu::open(adapter, Owner { stage: 0, ranks: vec![0], device: device.to_string() }).unwrap();
+        let error = gpu.buffer("too much", adapter.limits.max_buffer_size + 4, wgpu::BufferUsages::STORAGE).unwrap_err();
+        assert!(matches!(&error, Error::Device { problem, .. } if problem.contains("too much")), "{error}");
+        // Outside of any scope.
+        gpu.queue.submit([gpu.device.create_command_encoder(&Default::default()).finish()]);
+        gpu.check().unwrap();
+        gpu.queue.write_buffer(&gpu.buffer("small", 16, wgpu::BufferUsages::COPY_DST).unwrap(), 0, &[0; 32]);
+        assert!(matches!(gpu.check(), Err(Error::Device { .. })), "{device}");
     }
 }
 

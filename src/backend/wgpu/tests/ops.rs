@@ -1,7 +1,7 @@
 //! Each op but attention, on odd sizes.
 
 use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, run, tunings};
-use crate::backend::Place;
+use crate::backend::{Place, Room};
 use crate::device::Device;
 use crate::kernels::matrix::DType;
 use crate::partition::{Dim, RankPartition};
@@ -85,6 +85,24 @@ fn a_matrix_larger_than_a_binding_is_computed_in_blocks() {
         // 64 KiB are 81 rows of 201 f32s.
         check_linear(&device.clone().with_binding_limit(64 << 10), DType::F32, 201, 170);
         check_linear(&device.with_binding_limit(64 << 10), DType::F16, 201, 170);
+    }
+}
+
+#[test]
+fn more_workgroups_than_a_dimension_holds_are_folded() {
+    for device in gpus() {
+        // Four outputs a workgroup: 70,000 of them.
+        let (hidden, channels) = (3, 280_000);
+        let mut numbers = Numbers::new(12);
+        let weight = matrix(DType::F16, channels, hidden, &numbers.take(channels * hidden));
+        let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+            let x = r.input();
+            let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+            r.all_gather(y)
+        });
+        let mut place = model.on(&device, Room { rows: 1, wanted: 1, pages: 1 }).unwrap();
+        let x = numbers.take(hidden);
+        assert_close(&run(&mut place, &model.rows(1, 1), &x), &linear(&f64s(&x), &weight), 1e-5, &device.to_string());
     }
 }
 
