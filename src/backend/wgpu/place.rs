@@ -103,7 +103,7 @@ impl GpuPlace {
             return Err(owner.error(format!("has room for {fit:?}, not for {room:?}")));
         }
 
-        let gpu = Gpu::open(adapter, owner)?;
+        let gpu = Gpu::open(adapter, bounds.binding, owner)?;
         let moment = Moment::new(&gpu, room, assignment.config.head_dim)?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
         let mut segments = Vec::new();

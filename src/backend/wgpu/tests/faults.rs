@@ -4,10 +4,11 @@ use super::rig::{Model, Numbers, ROOM, gpus, gpus_named, matrix, run, try_run};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::gpu::{Gpu, Owner};
 use crate::backend::{Place, Room};
+use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::matrix::DType;
 use crate::partition::Dim;
-use crate::plan::ColumnParallel;
+use crate::plan::{ColumnParallel, SegmentId};
 
 /// A linear layer of `hidden` to `channels`.
 fn model(hidden: usize, channels: usize) -> Model {
@@ -42,7 +43,7 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
     for device in gpus() {
         let model = model(64, 64);
         let mut place = model.on(&device, ROOM).unwrap();
-        place.launch(crate::plan::SegmentId(0), &model.rows(1, 70), Some(&vec![1.0; 70 * 64])).unwrap();
+        place.launch(SegmentId(0), &model.rows(1, 70), Some(&vec![1.0; 70 * 64])).unwrap();
         place.destroy();
         let outcome = (0..100).find_map(|_| match place.poll(crate::backend::Wait::AtMost(std::time::Duration::from_millis(50))) {
             Ok(std::task::Poll::Pending) => None,
@@ -53,12 +54,16 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
     }
 }
 
+fn open(device: &Device) -> Gpu {
+    let owner = Owner { stage: 1, ranks: vec![2], device: device.to_string() };
+    Gpu::open(device.adapter().unwrap(), 1 << 20, owner).unwrap()
+}
+
 #[test]
 fn memory_that_is_not_there_is_an_error_with_its_bytes_and_the_device_lives_on() {
     // It promises buffers of 1 GiB and never has one.
     for device in gpus_named("SwiftShader") {
-        let owner = Owner { stage: 1, ranks: vec![2], device: device.to_string() };
-        let gpu = Gpu::open(device.adapter().unwrap(), owner).unwrap();
+        let gpu = open(&device);
         let error = gpu.buffer("the head", 1 << 30, wgpu::BufferUsages::STORAGE).unwrap_err();
         assert!(
             matches!(&error, Error::OutOfMemory { stage: 1, wanted, what, .. } if (*wanted, &what[..]) == (1 << 30, "the head")),
@@ -72,7 +77,7 @@ fn memory_that_is_not_there_is_an_error_with_its_bytes_and_the_device_lives_on()
 fn what_wgpu_refuses_is_an_error_and_no_panic() {
     for device in gpus() {
         let adapter = device.adapter().unwrap();
-        let gpu = Gpu::open(adapter, Owner { stage: 0, ranks: vec![0], device: device.to_string() }).unwrap();
+        let gpu = open(&device);
         let error = gpu.buffer("too much", adapter.limits.max_buffer_size + 4, wgpu::BufferUsages::STORAGE).unwrap_err();
         assert!(matches!(&error, Error::Device { problem, .. } if problem.contains("too much")), "{error}");
         // Outside of any scope.
@@ -124,6 +129,19 @@ fn a_batch_that_does_not_fit_is_refused() {
         let x = vec![0.0; 71 * 8];
         assert!(matches!(try_run(&mut place, &model.rows(1, 71), &x), Err(Error::Device { .. })), "{device}");
         assert!(matches!(try_run(&mut place, &model.rows(2, 3), &x), Err(Error::Device { .. })), "{device}: input of 71 rows");
+    }
+}
+
+#[test]
+fn a_launch_whose_output_nobody_took_is_replaced_by_the_next() {
+    for device in gpus() {
+        let model = model(8, 8);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let expected = run(&mut place, &model.rows(1, 2), &[0.5; 16]);
+        place.launch(SegmentId(0), &model.rows(2, 2), Some(&[9.0; 16])).unwrap();
+        assert_eq!(run(&mut place, &model.rows(3, 2), &[0.5; 16]), expected, "{device}");
+        let error = place.output().unwrap_err().to_string();
+        assert!(error.contains("an output was asked for before there was one"), "{device}: {error}");
     }
 }
 
