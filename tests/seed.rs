@@ -227,4 +227,55 @@ fn parallel_config() {
     assert_eq!(ParallelConfig::from(TensorParallelConfig::new(2, 0)), config);
 }
 
-// The snippets that need a model: `ParallelConfig::for_model`, `PipelineParallelMistral`, `TensorParallelMistral`.
+#[test]
+fn parallel_config_for_a_model() {
+    use torchless::{ParallelConfig, Parameters};
+
+    let params = Parameters::load(fixture("tiny-mistral")).unwrap();
+    let model_config = params.config();
+
+    // Auto-configure for model
+    let config = ParallelConfig::for_model(&model_config);
+
+    assert!(config.validate(model_config).is_ok());
+}
+
+#[test]
+fn tensor_parallel_mistral() -> Result<(), torchless::Error> {
+    use torchless::{InferenceState, Parameters, TensorParallelConfig, TensorParallelMistral};
+
+    let params = Parameters::load(fixture("tiny-mistral"))?;
+    let mut state = InferenceState::new(params.config());
+    let token = 1;
+
+    let tp_config = TensorParallelConfig::new(2, 0); // 2-way, rank 0
+    let model = TensorParallelMistral::load(params, tp_config)?;
+
+    model.forward(&mut state, token, false);
+
+    assert_eq!((state.position(), state.logits().len()), (1, 320));
+    model.fast_forward(&mut state, token, true);
+    assert_eq!(state.tokens(), [1, 1]);
+    Ok(())
+}
+
+#[test]
+fn load_on_gpus() -> Result<(), torchless::Error> {
+    use torchless::{Device, InferenceState, Parameters, TensorParallelMistral};
+
+    let params = Parameters::load(fixture("tied"))?;
+    let mut state = InferenceState::new(params.config());
+    let devices = vec![Device::cpu(), Device::cpu()];
+
+    let model = TensorParallelMistral::load_on_gpus(params, devices)?;
+
+    model.prefill(&mut state, &[1, 2, 3])?;
+    assert_eq!(model.ranks().len(), 2);
+    Ok(())
+}
+
+// `PipelineParallelMistral` has no snippet here yet: it doesn't exist yet.
+
+fn fixture(name: &str) -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}

@@ -281,7 +281,7 @@ impl CpuPlace {
             // SAFETY: a row of a head belongs to one task.
             let y = unsafe { outs[rank].range(place..place + head_dim) };
             let q = &q[rank].data[place..place + head_dim];
-            attend(shape, kv_head, q, from, to, page, &mut Vec::new(), y);
+            attend(shape, kv_head, q, from, to, page, y);
         };
         let tasks = heads.len() * batch.rows.len();
         let work: usize = batch.rows.iter().map(|r| (r.pos as usize + 1) * head_dim * heads.len()).sum();

@@ -1,5 +1,8 @@
 //! [`Place`]: one device that hosts ranks of a stage, and what the engine asks of it.
 
+#[cfg(feature = "gpu")]
+pub(crate) mod wgpu;
+
 use std::task::Poll;
 use std::time::Duration;
 
@@ -12,8 +15,6 @@ use crate::partition::StagePartition;
 use crate::plan::{Plan, SegmentId, Weight, WeightShape};
 
 pub(crate) mod cpu;
-#[cfg(feature = "gpu")]
-pub(crate) mod wgpu;
 
 /// Positions in one block of attention, and in one f32 page.
 pub(crate) const BLOCK: usize = 64;
@@ -179,7 +180,7 @@ pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> 
     if !device.is_cpu() {
         return wgpu::GpuPlace::room(device, assignment, want);
     }
-    let _ = (device, assignment); // both unused without feature `gpu`
+    let _ = (device, assignment);
     Ok(CpuPlace::room(want))
 }
 
@@ -189,6 +190,6 @@ pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, th
     if !device.is_cpu() {
         return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
     }
-    let _ = (device, room); // likewise
+    let _ = (device, room);
     Ok(Box::new(CpuPlace::new(assignment, threads)?))
 }

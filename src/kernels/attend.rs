@@ -50,17 +50,15 @@ pub(crate) fn attend<'p>(
     from: usize,
     to: usize,
     page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
-    scores: &mut Vec<f32>,
     y: &mut [f32],
 ) {
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
     let page_len = shape.kv.page_len();
-    scores.clear();
-    for position in from..=to {
-        let at = shape.element(head, position % page_len);
+    let score = |position: usize| {
         let (keys, _) = page(position / page_len);
-        scores.push(scale * dot(shape.kv, keys, at, q));
-    }
+        scale * dot(shape.kv, keys, shape.element(head, position % page_len), q)
+    };
+    let scores: Vec<f32> = (from..=to).map(score).collect();
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut sum = 0.0f32;
     y.fill(0.0);

@@ -190,10 +190,8 @@ unsafe fn tile<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
             }
         }
     }
-    for i in 0..R {
-        for j in 0..C {
-            put(r + i, c + j, total[i][j]);
-        }
+    for (i, dots) in total.into_iter().enumerate() {
+        dots.into_iter().enumerate().for_each(|(j, dot)| put(r + i, c + j, dot));
     }
 }
 

@@ -240,6 +240,17 @@ impl Grid {
         &self.params
     }
 
+    /// The longest sequence that one state can hold, in positions.
+    pub(crate) fn context(&self) -> usize {
+        let config = self.params.config();
+        let cached = self.room.pages.saturating_mul(crate::KvType::F32.page_len());
+        match config.sliding_window {
+            // What no later row sees is freed, so that a full window and a chunk are enough for any length.
+            Some(window) if cached >= window.saturating_add(MOST_ROWS + crate::KvType::F32.page_len()) => config.max_position_embeddings,
+            _ => cached.min(config.max_position_embeddings),
+        }
+    }
+
     pub(crate) fn ranks(&self) -> &[RankInfo] {
         &self.ranks
     }

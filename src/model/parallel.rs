@@ -91,6 +91,12 @@ impl TensorParallelMistral {
         self.grid.params().config()
     }
 
+    /// The longest sequence that one state can hold, in positions: the model's limit, or less where the cache is smaller.
+    #[must_use]
+    pub fn context(&self) -> usize {
+        self.grid.context()
+    }
+
     /// The checkpoint that it was loaded from.
     #[must_use]
     pub fn parameters(&self) -> &Parameters {

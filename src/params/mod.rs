@@ -9,11 +9,12 @@ mod safetensors;
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::config::{CONFIG_LIMIT, Config, Keys, read_at_most};
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
+use crate::tokenizer::Tokenizer;
 pub use generation::GenerationConfig;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -32,6 +33,8 @@ struct Checkpoint {
     /// Every tensor of the model, and no other; a vector is a matrix of one row.
     tensors: HashMap<String, Matrix>,
     fingerprint: u64,
+    /// Read when text is first needed.
+    tokenizer: OnceLock<Tokenizer>,
 }
 
 impl Parameters {
@@ -67,7 +70,8 @@ impl Parameters {
             tensors.insert(name, matrix);
         }
         let fingerprint = fingerprint::fingerprint(&json, &files);
-        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint })))
+        let tokenizer = OnceLock::new();
+        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint, tokenizer })))
     }
 
     /// The model's sizes and constants.
@@ -80,6 +84,18 @@ impl Parameters {
     #[must_use]
     pub fn generation(&self) -> &GenerationConfig {
         &self.0.generation
+    }
+
+    /// The tokenizer, read at the first call: a checkpoint without one loads too.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`.
+    pub fn tokenizer(&self) -> Result<&Tokenizer> {
+        if let Some(tokenizer) = self.0.tokenizer.get() {
+            return Ok(tokenizer);
+        }
+        let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
+        Ok(self.0.tokenizer.get_or_init(|| tokenizer))
     }
 
     /// The directory that was loaded.

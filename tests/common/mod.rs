@@ -174,3 +174,13 @@ fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
         other => panic!("checkpoints are not written as {other}"),
     }
 }
+
+/// Every adapter of this machine. Where there is none, says so by name, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
+pub fn gpus() -> Vec<torchless::Device> {
+    let gpus: Vec<_> = torchless::devices().into_iter().filter(|d| !d.is_cpu()).collect();
+    if gpus.is_empty() {
+        assert!(std::env::var("TORCHLESS_REQUIRE_GPU").map_or(true, |v| v != "1"), "TORCHLESS_REQUIRE_GPU=1, but there is no gpu:0");
+        eprintln!("SKIPPED: gpu:0 is missing: no adapter was found");
+    }
+    gpus
+}

@@ -1,0 +1,134 @@
+//! What the verbs that plan or run a model have in common.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+use indicatif::ProgressBar;
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral};
+
+use super::Outcome;
+
+/// Which model, on which devices.
+#[derive(clap::Args)]
+pub struct GridArgs {
+    /// Directory of the model, in the Hugging Face layout
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+
+    /// Devices, one for each rank: cpu and gpu:N (as `torchless devices` numbers them) between commas, repeated at will; or auto: every hardware GPU, else the CPU
+    #[arg(long, value_name = "LIST", default_value = "auto")]
+    pub devices: String,
+
+    /// Cuts the device list into this many equal groups, each a stage with its part of the layers
+    #[arg(long, value_name = "S", default_value = "1")]
+    pub stages: NonZeroUsize,
+
+    /// What each rank of a stage owns in proportion to the others, such as 3,1
+    #[arg(long, value_name = "LIST", value_delimiter = ',')]
+    pub shares: Option<Vec<f64>>,
+
+    /// Threads of the CPU; one a core by default
+    #[arg(long, value_name = "T")]
+    pub threads: Option<NonZeroUsize>,
+
+    /// Positions that the KV cache may hold; by default as many as the call can need
+    #[arg(long, value_name = "N")]
+    pub context: Option<NonZeroUsize>,
+
+    /// Print one JSON document
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl GridArgs {
+    pub fn devices(&self) -> Outcome<Vec<Device>> {
+        Ok(Device::parse_list(&self.devices)?)
+    }
+
+    /// The grid, with a KV cache for `positions` at most.
+    pub fn config(&self, params: &Parameters, positions: usize) -> ParallelConfig {
+        let bound = self.context.map_or(usize::MAX, NonZeroUsize::get).min(params.config().max_position_embeddings);
+        let mut config = ParallelConfig::default().stages(self.stages.get()).kv_positions(positions.clamp(1, bound));
+        if let Some(shares) = &self.shares {
+            config = config.with_shares(shares.clone());
+        }
+        if let Some(threads) = self.threads {
+            config = config.threads(threads.get());
+        }
+        config
+    }
+
+    /// The model, ready to run, with a KV cache for `positions` at most.
+    pub fn load(&self, params: &Parameters, positions: usize) -> Outcome<Loaded> {
+        let start = Instant::now();
+        let devices = self.devices()?;
+        // Drawn only where stderr is a terminal.
+        let spinner = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
+        spinner.enable_steady_tick(Duration::from_millis(100));
+        let model = TensorParallelMistral::load_grid(params.clone(), self.config(params, positions), devices);
+        spinner.finish_and_clear();
+        Ok(Loaded { model: model?, seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+/// A model, and how long it took to load.
+pub struct Loaded {
+    pub model: TensorParallelMistral,
+    pub seconds: f64,
+}
+
+/// How a model computes.
+#[derive(clap::Args)]
+pub struct RunArgs {
+    /// Exact numerics, with an f32 KV cache
+    #[arg(long, conflicts_with = "fast")]
+    exact: bool,
+
+    /// Fast numerics, with an f16 KV cache
+    #[arg(long)]
+    fast: bool,
+
+    /// The KV cache's type, whatever the numerics
+    #[arg(long, value_name = "TYPE")]
+    kv: Option<Kv>,
+
+    /// Write what each rank did when to this file, for Perfetto or chrome://tracing
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Kv {
+    F32,
+    F16,
+}
+
+impl RunArgs {
+    /// Whether the fast forms are asked for, in a verb that is fast by default or isn't.
+    pub fn is_fast(&self, default: bool) -> bool {
+        self.fast || (default && !self.exact)
+    }
+
+    pub fn kv(&self, is_fast: bool) -> KvType {
+        match self.kv {
+            Some(Kv::F32) => KvType::F32,
+            Some(Kv::F16) => KvType::F16,
+            None if is_fast => KvType::F16,
+            None => KvType::F32,
+        }
+    }
+
+    /// Runs `work` on a model and a fresh state, with the trace that was asked for.
+    pub fn run<T>(&self, loaded: &Loaded, is_fast: bool, work: impl FnOnce(&mut InferenceState) -> Outcome<T>) -> Outcome<T> {
+        let model = &loaded.model;
+        let mut state = InferenceState::with_kv(model.config(), self.kv(is_fast));
+        let Some(path) = &self.trace else { return work(&mut state) };
+        super::files::check_writable(path)?;
+        model.start_trace();
+        let result = work(&mut state);
+        model.write_trace(path)?;
+        result
+    }
+}

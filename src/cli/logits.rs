@@ -1,0 +1,76 @@
+//! `torchless logits`: the logits of every position, as a safetensors file.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use serde_json::json;
+use torchless::{Error, InferenceState, Parameters, TensorParallelMistral};
+
+use super::grid::{GridArgs, RunArgs};
+use super::output::{print, print_json};
+use super::{Outcome, files};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    grid: GridArgs,
+    #[command(flatten)]
+    run: RunArgs,
+
+    /// A JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+
+    /// Where to write them: a safetensors file with the one tensor `logits`, f32 [n, vocab]
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+
+    /// How many parts the sequence is computed in
+    #[arg(long, value_name = "M", default_value = "4")]
+    micro_batches: NonZeroUsize,
+}
+
+pub fn run(args: &Args) -> Outcome {
+    let tokens = files::read_ids(&args.tokens)?;
+    files::check_writable(&args.out)?;
+    let params = Parameters::load(&args.grid.model)?;
+    let loaded = args.grid.load(&params, tokens.len())?;
+    let fast = args.run.is_fast(false);
+    let logits = args.run.run(&loaded, fast, |state| {
+        if fast {
+            return Ok(token_by_token(&loaded.model, state, &tokens)?);
+        }
+        let chunk = tokens.len().div_ceil(args.micro_batches.get());
+        Ok(loaded.model.prefill_logits_in_chunks(state, &tokens, chunk)?)
+    })?;
+    let shape = [tokens.len(), params.config().vocab_size];
+    write(args, shape, &logits)?;
+    if args.grid.json {
+        return print_json(&json!({"out": args.out, "shape": shape}));
+    }
+    print(&format!("logits [{}, {}] are in {}\n", shape[0], shape[1], args.out.display()))
+}
+
+/// The fast forms give the logits of a sequence's last token only.
+fn token_by_token(model: &TensorParallelMistral, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>, Error> {
+    if tokens.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    let mut logits = Vec::new();
+    for &token in tokens {
+        model.try_fast_forward(state, token)?;
+        logits.extend_from_slice(state.logits());
+    }
+    Ok(logits)
+}
+
+/// safetensors: the header's length in 8 bytes, the header padded with spaces, the data.
+fn write(args: &Args, shape: [usize; 2], logits: &[f32]) -> Outcome {
+    let header = json!({"logits": {"dtype": "F32", "shape": shape, "data_offsets": [0, size_of_val(logits)]}}).to_string();
+    let length = header.len().next_multiple_of(8);
+    files::write(&args.out, |file| {
+        file.write_all(&(length as u64).to_le_bytes())?;
+        write!(file, "{header:<length$}")?;
+        logits.iter().try_for_each(|logit| file.write_all(&logit.to_le_bytes()))
+    })
+}
