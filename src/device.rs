@@ -62,7 +62,7 @@ pub struct DeviceLimits {
     pub timestamps: bool,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 enum Kind {
     Cpu,
     #[cfg(feature = "gpu")]
@@ -73,7 +73,7 @@ enum Kind {
 }
 
 /// The CPU, or an adapter of the machine. Cheap to clone; nothing is opened until a model is loaded onto it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Device {
     kind: Kind,
     isolated: bool,
@@ -85,13 +85,20 @@ pub struct Device {
 /// Adapters are looked for once per process. Without feature `gpu` there is only the CPU.
 #[must_use]
 pub fn devices() -> Vec<Device> {
-    let mut all = vec![Device::cpu()];
-    #[cfg(feature = "gpu")]
-    all.extend(adapters().iter().enumerate().map(|(index, adapter)| {
+    std::iter::once(Device::cpu()).chain(gpus()).collect()
+}
+
+#[cfg(feature = "gpu")]
+fn gpus() -> impl Iterator<Item = Device> {
+    adapters().iter().enumerate().map(|(index, adapter)| {
         let kind = Kind::Gpu { index, adapter: Arc::clone(adapter) };
         Device { kind, isolated: false, binding_limit: None }
-    }));
-    all
+    })
+}
+
+#[cfg(not(feature = "gpu"))]
+fn gpus() -> impl Iterator<Item = Device> {
+    std::iter::empty()
 }
 
 impl Device {
@@ -268,6 +275,14 @@ impl std::fmt::Display for Device {
     /// Its label and its name: `gpu:0 (llvmpipe)`.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} ({})", self.label(), self.name())
+    }
+}
+
+impl std::fmt::Debug for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut debug = f.debug_struct("Device");
+        debug.field("label", &self.label()).field("name", &self.name()).field("isolated", &self.isolated);
+        debug.field("binding_limit", &self.binding_limit).finish()
     }
 }
 

@@ -5,7 +5,6 @@ use std::sync::{Arc, OnceLock};
 use wgpu::{AdapterInfo, Backend, DeviceType};
 
 /// One adapter, as it was found.
-#[derive(Debug)]
 pub(crate) struct Adapter {
     pub handle: wgpu::Adapter,
     pub info: AdapterInfo,

@@ -4,9 +4,6 @@ use super::shaders::ELEMENTS;
 use crate::backend::{Batch, KvType};
 use crate::plan::Rows;
 
-/// From this many rows on a linear layer is computed in tiles.
-const TILED: usize = 8;
-
 /// How many workgroups a dispatch needs.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Size {
@@ -24,8 +21,6 @@ pub(super) struct Dispatch {
     /// Of a linear layer: for few rows, and for many. Of the others: for either type of keys and values.
     pub pipelines: [wgpu::ComputePipeline; 2],
     pub bind: wgpu::BindGroup,
-    /// The first of its op and rank, so that ops can be counted.
-    pub begins_op: bool,
 }
 
 impl Rows {
@@ -40,7 +35,9 @@ impl Rows {
 
 impl Dispatch {
     /// Encodes it, unless the batch has none of its rows. Answers whether it did.
-    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, batch: &Batch, most: u32) -> bool {
+    ///
+    /// `most`: workgroups in one dimension of a grid; `tiled`: [`Tuning::tiled`](super::shaders::Tuning::tiled).
+    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, batch: &Batch, most: u32, tiled: usize) -> bool {
         let rows = self.rows.of(batch);
         if rows == 0 {
             return false;
@@ -49,7 +46,7 @@ impl Dispatch {
         let (pipeline, groups) = match self.size {
             Size::Groups(n) => (by_kv, rows * n),
             Size::Elements(n) => (by_kv, (rows * n).div_ceil(ELEMENTS as usize)),
-            Size::Linear(out) if rows < TILED => (0, rows * out.div_ceil(4)),
+            Size::Linear(out) if rows < tiled => (0, rows * out.div_ceil(4)),
             Size::Linear(out) => (1, rows.div_ceil(32) * out.div_ceil(32)),
         };
         let (x, y) = fold(groups, most as usize);

@@ -60,12 +60,12 @@ pub(super) struct Gpu {
 }
 
 impl Gpu {
-    /// Opens a device of its own on an adapter.
-    pub(super) fn open(adapter: &Adapter, owner: Owner) -> Result<Self> {
+    /// Opens a device of its own on an adapter, on which no kernel sees more than `binding` bytes of a buffer.
+    pub(super) fn open(adapter: &Adapter, binding: u64, owner: Owner) -> Result<Self> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some(&owner.device),
             required_features: adapter.features & wgpu::Features::SUBGROUP,
-            required_limits: adapter.limits.clone(),
+            required_limits: wgpu::Limits { max_storage_buffer_binding_size: binding, ..adapter.limits.clone() },
             // Buffers are few and large: blocks reserved ahead of need would be wasted.
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()

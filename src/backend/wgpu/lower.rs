@@ -37,7 +37,6 @@ struct Call {
     pipelines: [wgpu::ComputePipeline; 2],
     shape: Shape,
     buffers: Vec<wgpu::Buffer>,
-    begins_op: bool,
 }
 
 /// Keys and values of one layer and rank.
@@ -135,7 +134,7 @@ impl<'a> Lowerer<'a> {
         let shape = Shape { width: x.width as u32, eps: self.assignment.config.rms_norm_eps, ..Shape::of(&x) };
         let variant = Variant { kernel: Kernel::RmsNorm, weight: Some(weight.dtype), kv: None };
         let buffers = vec![weight.blocks[0].buffer.clone(), x.buffer, y.buffer];
-        self.call(x.rows, Size::Groups(1), [variant; 2], shape, buffers, true)
+        self.call(x.rows, Size::Groups(1), [variant; 2], shape, buffers)
     }
 
     fn linear(&mut self, x: Buf, y: Buf, weight: Weight, strategy: TensorParallelStrategy) -> Result<()> {
@@ -161,7 +160,7 @@ impl<'a> Lowerer<'a> {
                 let variant = |kernel| Variant { kernel, weight: Some(weight.dtype), kv: None };
                 let variants = [variant(Kernel::Linear), variant(Kernel::LinearTile)];
                 let buffers = vec![block.buffer.clone(), x.buffer.clone(), y.buffer.clone()];
-                self.call(x.rows, Size::Linear(block.rows), variants, shape, buffers, block.first == 0)?;
+                self.call(x.rows, Size::Linear(block.rows), variants, shape, buffers)?;
             }
         }
         Ok(())
@@ -172,7 +171,7 @@ impl<'a> Lowerer<'a> {
             let shape = Shape { heads: (x.width / self.assignment.config.head_dim) as u32, ..self.heads(&x) };
             let buffers = vec![x.buffer.clone(), self.moment.angles.clone()];
             let variant = Variant { kernel: Kernel::Rope, weight: None, kv: None };
-            self.call(x.rows, Size::Elements(x.width / 2), [variant; 2], shape, buffers, true)?;
+            self.call(x.rows, Size::Elements(x.width / 2), [variant; 2], shape, buffers)?;
         }
         Ok(())
     }
@@ -183,7 +182,7 @@ impl<'a> Lowerer<'a> {
             let shape = Shape { kv_heads: self.rank(rank).kv_heads.len() as u32, ..self.heads(&k) };
             let Moment { positions, tables, .. } = self.moment;
             let buffers = [&k.buffer, &v.buffer, &cache.keys, &cache.values, positions, tables].map(wgpu::Buffer::clone);
-            self.call(k.rows, Size::Elements(k.width / 2), by_kv(Kernel::StoreKv), shape, buffers.into(), true)?;
+            self.call(k.rows, Size::Elements(k.width / 2), by_kv(Kernel::StoreKv), shape, buffers.into())?;
         }
         Ok(())
     }
@@ -206,7 +205,7 @@ impl<'a> Lowerer<'a> {
             let groups = heads.len();
             let Moment { positions, tables, .. } = self.moment;
             let buffers = [&q.buffer, &y.buffer, &cache.keys, &cache.values, positions, tables].map(wgpu::Buffer::clone);
-            self.call(q.rows, Size::Groups(groups), by_kv(Kernel::Attend), shape, buffers.into(), true)?;
+            self.call(q.rows, Size::Groups(groups), by_kv(Kernel::Attend), shape, buffers.into())?;
         }
         Ok(())
     }
@@ -219,7 +218,7 @@ impl<'a> Lowerer<'a> {
             let mut buffers: Vec<_> = bufs.iter().map(|&buf| self.part(buf, rank).buffer).collect();
             buffers.extend(moment.cloned());
             let variant = Variant { kernel, weight: None, kv: None };
-            self.call(y.rows, Size::Elements(shape.width4 as usize), [variant; 2], shape, buffers, true)?;
+            self.call(y.rows, Size::Elements(shape.width4 as usize), [variant; 2], shape, buffers)?;
         }
         Ok(())
     }
@@ -248,22 +247,14 @@ impl<'a> Lowerer<'a> {
     }
 
     /// Adds a dispatch, unless there is nothing to compute.
-    fn call(
-        &mut self,
-        rows: Rows,
-        size: Size,
-        variants: [Variant; 2],
-        shape: Shape,
-        buffers: Vec<wgpu::Buffer>,
-        begins_op: bool,
-    ) -> Result<()> {
+    fn call(&mut self, rows: Rows, size: Size, variants: [Variant; 2], shape: Shape, buffers: Vec<wgpu::Buffer>) -> Result<()> {
         let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n)) = size;
         if n == 0 {
             return Ok(());
         }
         let pipelines = &mut self.pipelines;
         let made = self.gpu.scoped("pipelines", 0, || variants.map(|variant| pipelines.get(variant)))?;
-        self.calls.push(Call { rows, size, kernel: variants[0].kernel, pipelines: made, shape, buffers, begins_op });
+        self.calls.push(Call { rows, size, kernel: variants[0].kernel, pipelines: made, shape, buffers });
         Ok(())
     }
 
@@ -297,8 +288,8 @@ impl<'a> Lowerer<'a> {
                 let layout = pipelines.layout(call.kernel);
                 gpu.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
             })?;
-            let Call { rows, size, pipelines, begins_op, .. } = call;
-            dispatches.push(Dispatch { rows, size, pipelines, bind, begins_op });
+            let Call { rows, size, pipelines, .. } = call;
+            dispatches.push(Dispatch { rows, size, pipelines, bind });
         }
         Ok((dispatches, self.weight_bytes))
     }

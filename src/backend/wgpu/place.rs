@@ -18,6 +18,8 @@ use crate::plan::SegmentId;
 
 /// A segment of the plan, lowered.
 struct Segment {
+    /// Of the plan, for each rank.
+    ops: u64,
     dispatches: std::ops::Range<usize>,
     write: Option<Activation>,
     /// One part where it is shared, else one a rank.
@@ -59,6 +61,7 @@ pub(crate) struct GpuPlace {
     dispatches: Vec<Dispatch>,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
+    tiled: usize,
     /// What a segment reads, on its way to the host.
     staging: wgpu::Buffer,
     flight: Option<Flight>,
@@ -100,7 +103,7 @@ impl GpuPlace {
             return Err(owner.error(format!("has room for {fit:?}, not for {room:?}")));
         }
 
-        let gpu = Gpu::open(adapter, owner)?;
+        let gpu = Gpu::open(adapter, bounds.binding, owner)?;
         let moment = Moment::new(&gpu, room, assignment.config.head_dim)?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
         let mut segments = Vec::new();
@@ -110,6 +113,7 @@ impl GpuPlace {
                 lowerer.op(op)?;
             }
             segments.push(Segment {
+                ops: (segment.ops.len() * assignment.ranks.len()) as u64,
                 dispatches: start..lowerer.len(),
                 write: segment.write.map(|buf| lowerer.parts(buf)[0].clone()),
                 read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
@@ -128,6 +132,7 @@ impl GpuPlace {
             segments,
             dispatches,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
+            tiled: tuning.tiled,
             staging,
             flight: None,
             output: Vec::new(),
@@ -186,9 +191,8 @@ impl Place for GpuPlace {
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
-            if dispatch.encode(&mut pass, batch, self.dimension) {
+            if dispatch.encode(&mut pass, batch, self.dimension, self.tiled) {
                 self.counts.dispatches += 1;
-                self.counts.ops += u64::from(dispatch.begins_op);
             }
         }
         drop(pass);
@@ -212,6 +216,7 @@ impl Place for GpuPlace {
         }
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
+        self.counts.ops += lowered.ops;
         self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes });
         self.gpu.check()
     }

@@ -54,7 +54,7 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
     let head_dim = assignment.config.head_dim;
     // What shaders/attend.wgsl declares: the query, the sums, the shares of a block, and the reduction's vectors.
     let attention = 8 * head_dim + 4 * BLOCK + 16 * BLOCK;
-    if head_dim % 2 != 0 || attention > bounds.workgroup {
+    if !head_dim.is_multiple_of(2) || attention > bounds.workgroup {
         let most = bounds.workgroup.saturating_sub(20 * BLOCK) / 8 / 2 * 2;
         return Err(owner.error(format!("heads of {head_dim} elements cannot be computed; even sizes up to {most} can")));
     }

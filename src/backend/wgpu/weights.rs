@@ -27,8 +27,8 @@ pub(super) struct GpuWeight {
 impl GpuWeight {
     pub(super) fn upload(gpu: &Gpu, bounds: Bounds, name: &str, matrix: &Matrix) -> Result<Self> {
         let (dtype, cols) = (matrix.dtype(), matrix.cols());
-        let row_bytes = dtype.bytes(cols.next_multiple_of(4)).max(16);
-        let fit = usize::try_from(bounds.binding).unwrap_or(usize::MAX) / row_bytes;
+        let row_bytes = dtype.bytes(cols.next_multiple_of(4));
+        let fit = usize::try_from(bounds.binding).unwrap_or(usize::MAX) / row_bytes.max(1);
         if fit == 0 && matrix.rows() > 0 {
             let problem = format!("a row of {name:?} takes {row_bytes} bytes, more than a binding of {}", bounds.binding);
             return Err(gpu.owner.error(problem));
@@ -36,10 +36,12 @@ impl GpuWeight {
         let mut blocks = Vec::new();
         for first in (0..matrix.rows()).step_by(fit.max(1)) {
             let rows = fit.min(matrix.rows() - first);
-            let size = (rows * row_bytes) as u64;
+            // A slice without columns still is a buffer, of one vector.
+            let size = (rows * row_bytes).max(16) as u64;
             let buffer = gpu.buffer(name, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
-            for start in (0..rows).step_by((CHUNK / row_bytes).max(1)) {
-                let end = rows.min(start + (CHUNK / row_bytes).max(1));
+            let chunk = (CHUNK / row_bytes.max(1)).max(1);
+            for start in (0..rows).step_by(chunk) {
+                let end = rows.min(start + chunk);
                 let part = matrix.slice(first + start..first + end, 0..cols);
                 gpu.scoped(name, size, || write(gpu, &buffer, start * row_bytes, row_bytes, &part))?;
                 gpu.flush()?;

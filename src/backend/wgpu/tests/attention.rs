@@ -10,8 +10,8 @@ use crate::plan::ColumnParallel;
 
 const HIDDEN: usize = 24;
 
-/// A model of the projections and attention alone.
-fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, ranks: &[std::ops::Range<usize>]) -> Model {
+/// A model of the projections and attention alone; a rank has the query heads from one border to the next.
+fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) -> Model {
     let mut numbers = Numbers::new((head_dim + n_heads) as u64);
     let mut weight = |heads: usize| {
         let (rows, cols) = (heads * head_dim, HIDDEN);
@@ -27,13 +27,13 @@ fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, ranks: &[std::ops::
         r.all_gather(y)
     });
     let group = n_heads / n_kv_heads;
-    let rank = |heads: &std::ops::Range<usize>| RankPartition {
-        heads: heads.clone(),
-        kv_heads: heads.start / group..heads.end.div_ceil(group),
+    let rank = |border: &[usize]| RankPartition {
+        heads: border[0]..border[1],
+        kv_heads: border[0] / group..border[1].div_ceil(group),
         channels: 0..1,
         vocab: 0..1,
     };
-    model.partition.ranks = ranks.iter().map(rank).collect();
+    model.partition.ranks = borders.windows(2).map(rank).collect();
     model
 }
 
@@ -75,7 +75,7 @@ fn by_rank(model: &Model, y: &[f64]) -> Vec<f64> {
     heads.flat_map(|h| y.chunks_exact(width).flat_map(move |row| row[h.clone()].to_vec())).collect()
 }
 
-const ROOM: Room = Room { rows: 200, wanted: 1, pages: 9 };
+const ROOM: Room = Room { rows: 200, wanted: 200, pages: 9 };
 
 /// f16 keys shift scores by their rounding; the reference rounds what f64 gives, the device what f32 gives.
 fn tolerance(kv: KvType) -> f64 {
@@ -94,7 +94,7 @@ fn a_chunk_then_single_positions_see_all_that_came_before() {
     for device in gpus() {
         for (tuning, (head_dim, n_heads, n_kv_heads)) in tunings(&device).into_iter().zip([(8, 4, 2), (34, 3, 1), (128, 2, 2)]) {
             for kv in [KvType::F32, KvType::F16] {
-                let model = model(head_dim, n_heads, n_kv_heads, &[0..n_heads]);
+                let model = model(head_dim, n_heads, n_kv_heads, &[0, n_heads]);
                 let mut place = model.place(&device, tuning, ROOM);
                 let x = Numbers::new(1).take(133 * HIDDEN);
                 let expected = attend(&model, &x, kv);
@@ -119,7 +119,7 @@ fn a_chunk_then_single_positions_see_all_that_came_before() {
 fn a_window_hides_what_lies_before_it_and_its_pages_may_be_gone() {
     for device in gpus() {
         for (window, kv) in [(1, KvType::F32), (70, KvType::F32), (70, KvType::F16), (64, KvType::F32)] {
-            let mut model = model(8, 2, 1, &[0..2]);
+            let mut model = model(8, 2, 1, &[0, 2]);
             model.config.sliding_window = Some(window);
             let mut place = model.on(&device, ROOM).unwrap();
             let x = Numbers::new(9).take(203 * HIDDEN);
@@ -139,7 +139,7 @@ fn a_window_hides_what_lies_before_it_and_its_pages_may_be_gone() {
 #[test]
 fn sequences_of_one_batch_do_not_see_each_other() {
     for device in gpus() {
-        let model = model(10, 4, 2, &[0..4]);
+        let model = model(10, 4, 2, &[0, 4]);
         let mut place = model.on(&device, ROOM).unwrap();
         let mut numbers = Numbers::new(4);
         let (a, b) = (numbers.take(71 * HIDDEN), numbers.take(5 * HIDDEN));
@@ -161,7 +161,7 @@ fn sequences_of_one_batch_do_not_see_each_other() {
 fn ranks_with_uneven_heads_share_the_head_at_their_border() {
     for device in gpus() {
         // 6 heads of 2 groups: the first rank needs both key-value heads, the second only the last.
-        let model = model(12, 6, 2, &[0..4, 4..6]);
+        let model = model(12, 6, 2, &[0, 4, 6]);
         assert_eq!(model.partition.ranks[1].kv_heads, 1..2);
         let mut place = model.on(&device, ROOM).unwrap();
         let x = Numbers::new(6).take(30 * HIDDEN);
@@ -174,7 +174,7 @@ fn ranks_with_uneven_heads_share_the_head_at_their_border() {
 #[test]
 fn heads_of_512_fit() {
     for device in gpus() {
-        let model = model(512, 1, 1, &[0..1]);
+        let model = model(512, 1, 1, &[0, 1]);
         let mut place = model.on(&device, ROOM).unwrap();
         let x = Numbers::new(8).take(3 * HIDDEN);
         let batch = model.batch(1, rows(0, 0..3), vec![Seq { pages: vec![0], first_page: 0 }], KvType::F16);

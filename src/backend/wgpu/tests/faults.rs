@@ -1,12 +1,14 @@
 //! Limits and losses are errors that say what happened.
 
-use super::rig::{Model, Numbers, ROOM, gpus, matrix, run, try_run};
+use super::rig::{Model, Numbers, ROOM, gpus, gpus_named, matrix, run, try_run};
 use crate::backend::wgpu::GpuPlace;
+use crate::backend::wgpu::gpu::{Gpu, Owner};
 use crate::backend::{Place, Room};
+use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::matrix::DType;
 use crate::partition::Dim;
-use crate::plan::ColumnParallel;
+use crate::plan::{ColumnParallel, SegmentId};
 
 /// A linear layer of `hidden` to `channels`.
 fn model(hidden: usize, channels: usize) -> Model {
@@ -41,7 +43,7 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
     for device in gpus() {
         let model = model(64, 64);
         let mut place = model.on(&device, ROOM).unwrap();
-        place.launch(crate::plan::SegmentId(0), &model.rows(1, 100), Some(&vec![1.0; 6400])).unwrap();
+        place.launch(SegmentId(0), &model.rows(1, 70), Some(&vec![1.0; 70 * 64])).unwrap();
         place.destroy();
         let outcome = (0..100).find_map(|_| match place.poll(crate::backend::Wait::AtMost(std::time::Duration::from_millis(50))) {
             Ok(std::task::Poll::Pending) => None,
@@ -49,6 +51,40 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
             Err(e) => Some(Err(e)),
         });
         assert!(matches!(outcome, Some(Err(Error::DeviceLost { .. }))), "{device}: {outcome:?}");
+    }
+}
+
+fn open(device: &Device) -> Gpu {
+    let owner = Owner { stage: 1, ranks: vec![2], device: device.to_string() };
+    Gpu::open(device.adapter().unwrap(), 1 << 20, owner).unwrap()
+}
+
+#[test]
+fn memory_that_is_not_there_is_an_error_with_its_bytes_and_the_device_lives_on() {
+    // It promises buffers of 1 GiB and never has one.
+    for device in gpus_named("SwiftShader") {
+        let gpu = open(&device);
+        let error = gpu.buffer("the head", 1 << 30, wgpu::BufferUsages::STORAGE).unwrap_err();
+        assert!(
+            matches!(&error, Error::OutOfMemory { stage: 1, wanted, what, .. } if (*wanted, &what[..]) == (1 << 30, "the head")),
+            "{error}"
+        );
+        gpu.buffer("something small", 1 << 10, wgpu::BufferUsages::STORAGE).unwrap();
+    }
+}
+
+#[test]
+fn what_wgpu_refuses_is_an_error_and_no_panic() {
+    for device in gpus() {
+        let adapter = device.adapter().unwrap();
+        let gpu = open(&device);
+        let error = gpu.buffer("too much", adapter.limits.max_buffer_size + 4, wgpu::BufferUsages::STORAGE).unwrap_err();
+        assert!(matches!(&error, Error::Device { problem, .. } if problem.contains("too much")), "{error}");
+        // Outside of any scope.
+        gpu.queue.submit([gpu.device.create_command_encoder(&Default::default()).finish()]);
+        gpu.check().unwrap();
+        gpu.queue.write_buffer(&gpu.buffer("small", 16, wgpu::BufferUsages::COPY_DST).unwrap(), 0, &[0; 32]);
+        assert!(matches!(gpu.check(), Err(Error::Device { .. })), "{device}");
     }
 }
 
@@ -90,9 +126,22 @@ fn a_batch_that_does_not_fit_is_refused() {
     for device in gpus() {
         let model = model(8, 8);
         let mut place = model.on(&device, ROOM).unwrap();
-        let x = vec![0.0; 101 * 8];
-        assert!(matches!(try_run(&mut place, &model.rows(1, 101), &x), Err(Error::Device { .. })), "{device}");
-        assert!(matches!(try_run(&mut place, &model.rows(2, 3), &x), Err(Error::Device { .. })), "{device}: input of 101 rows");
+        let x = vec![0.0; 71 * 8];
+        assert!(matches!(try_run(&mut place, &model.rows(1, 71), &x), Err(Error::Device { .. })), "{device}");
+        assert!(matches!(try_run(&mut place, &model.rows(2, 3), &x), Err(Error::Device { .. })), "{device}: input of 71 rows");
+    }
+}
+
+#[test]
+fn a_launch_whose_output_nobody_took_is_replaced_by_the_next() {
+    for device in gpus() {
+        let model = model(8, 8);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let expected = run(&mut place, &model.rows(1, 2), &[0.5; 16]);
+        place.launch(SegmentId(0), &model.rows(2, 2), Some(&[9.0; 16])).unwrap();
+        assert_eq!(run(&mut place, &model.rows(3, 2), &[0.5; 16]), expected, "{device}");
+        let error = place.output().unwrap_err().to_string();
+        assert!(error.contains("an output was asked for before there was one"), "{device}: {error}");
     }
 }
 

@@ -1,7 +1,7 @@
 //! Each op but attention, on odd sizes.
 
 use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, run, tunings};
-use crate::backend::Place;
+use crate::backend::{Place, Room};
 use crate::device::Device;
 use crate::kernels::matrix::DType;
 use crate::partition::{Dim, RankPartition};
@@ -89,10 +89,28 @@ fn a_matrix_larger_than_a_binding_is_computed_in_blocks() {
 }
 
 #[test]
+fn more_workgroups_than_a_dimension_holds_are_folded() {
+    for device in gpus() {
+        // Four outputs a workgroup: 70,000 of them.
+        let (hidden, channels) = (3, 280_000);
+        let mut numbers = Numbers::new(12);
+        let weight = matrix(DType::F16, channels, hidden, &numbers.take(channels * hidden));
+        let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+            let x = r.input();
+            let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+            r.all_gather(y)
+        });
+        let mut place = model.on(&device, Room { rows: 1, wanted: 1, pages: 1 }).unwrap();
+        let x = numbers.take(hidden);
+        assert_close(&run(&mut place, &model.rows(1, 1), &x), &linear(&f64s(&x), &weight), 1e-5, &device.to_string());
+    }
+}
+
+#[test]
 fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
     let (hidden, channels) = (37, 30);
-    // Uneven shares, some of nothing, first or last.
-    let cuts: [&[std::ops::Range<usize>]; 4] = [&[0..30], &[0..17, 17..30], &[0..0, 0..13, 13..30], &[0..11, 11..30, 30..30]];
+    // Borders between ranks: uneven shares, some of nothing, first or last.
+    let cuts: [&[usize]; 4] = [&[0, 30], &[0, 17, 30], &[0, 0, 13, 30], &[0, 11, 30, 30]];
     for device in gpus() {
         for cut in cuts {
             let mut numbers = Numbers::new(7);
@@ -105,14 +123,14 @@ fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
                 r.pass(y)
             });
             let whole = model.partition.ranks[0].clone();
-            model.partition.ranks = cut.iter().map(|c| RankPartition { channels: c.clone(), ..whole.clone() }).collect();
+            model.partition.ranks = cut.windows(2).map(|c| RankPartition { channels: c[0]..c[1], ..whole.clone() }).collect();
             let mut place = model.on(&device, ROOM).unwrap();
             for rows in [1, 20] {
                 let x = numbers.take(rows * hidden);
                 let found = run(&mut place, &model.rows(rows as u64, rows), &x);
                 assert_close(&found, &linear(&linear(&f64s(&x), &up), &down), 1e-4, &format!("{device} {cut:?} {rows}"));
             }
-            let expected: Vec<u64> = cut.iter().map(|c| (c.len() * hidden * 4) as u64).collect();
+            let expected: Vec<u64> = cut.windows(2).map(|c| ((c[1] - c[0]) * hidden * 4) as u64).collect();
             assert_eq!(place.weight_bytes(), expected, "{device} {cut:?}");
         }
     }
@@ -208,9 +226,9 @@ fn add_sums_and_take_rows_picks_the_wanted() {
         assert_close(&run(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
 
         // None wanted: the rest runs, nothing is read.
-        let before = place.counts();
+        let before = place.counts().dispatches;
         let batch = crate::backend::Batch { wanted: vec![], number: 2, ..batch };
         assert_eq!(run(&mut place, &batch, &x), [0.0; 0], "{device}");
-        assert_eq!(place.counts().ops - before.ops, 2, "{device}");
+        assert_eq!(place.counts().dispatches - before, 2, "{device}");
     }
 }

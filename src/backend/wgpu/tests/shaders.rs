@@ -44,7 +44,7 @@ fn every_variant_is_valid_and_translates_for_vulkan_metal_and_dx12() {
         let info = validate(&module, capabilities).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(validate(&module, least).is_err(), needs_subgroups, "{name}");
 
-        let tuning = Tuning { reduce, lanes: 64 };
+        let tuning = Tuning { reduce, lanes: 64, tiled: 8 };
         let constants: PipelineConstants =
             constants(variant, tuning, 128).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let (module, info) =
@@ -124,7 +124,7 @@ fn workgroups_stay_within_what_webgpu_promises() {
     each_variant(|name, variant, reduce| {
         let module = parse(name, variant, reduce);
         let info = validate(&module, Capabilities::all()).unwrap();
-        let tuning = Tuning { reduce, lanes: 64 };
+        let tuning = Tuning { reduce, lanes: 64, tiled: 8 };
         let constants: PipelineConstants =
             constants(variant, tuning, 512).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
         let (module, _) = process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants).unwrap();
