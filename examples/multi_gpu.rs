@@ -29,6 +29,9 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
+    // Where there is no desktop, Mesa's layer that picks a default device complains on stderr. We ask for all of them.
+    // SAFETY: this is the only thread so far.
+    unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
 
     println!("Devices of this machine:");
     for device in devices() {

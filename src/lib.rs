@@ -1,5 +1,4 @@
 //! Mistral-family language models, split over whatever devices a person has.
-#![allow(dead_code, unused_imports)] // until the engine uses it all
 
 mod backend;
 mod collective;

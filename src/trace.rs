@@ -118,7 +118,13 @@ impl Trace {
         let document = json!({"traceEvents": names.chain(events).collect::<Vec<_>>(), "displayTimeUnit": "ms", "dropped": spans.1});
         let file = std::fs::File::create(path).map_err(Error::io("create", path))?;
         let mut file = std::io::BufWriter::new(file);
-        serde_json::to_writer(&mut file, &document).map_err(|e| Error::io("write", path)(e.into()))?;
-        file.flush().map_err(Error::io("write", path))
+        let written = serde_json::to_writer(&mut file, &document).map_err(std::io::Error::from).and_then(|()| file.flush());
+        written.map_err(|e| {
+            // Half a document is of no use, unless it went to a pipe; the first error is the one to tell.
+            if path.is_file() {
+                let _ = std::fs::remove_file(path);
+            }
+            Error::io("write", path)(e)
+        })
     }
 }

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{Spec, fixture, gpus, reference::Reference, write_checkpoint};
+use common::{Spec, at_least, fixture, gpus, reference::Reference, write_checkpoint};
 use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral};
 
 const TOLERANCE: f32 = 1e-3;
@@ -49,9 +49,8 @@ fn every_fixture_runs_on_an_adapter_and_the_cpu() {
 
 #[test]
 fn every_pair_of_adapters_runs_and_all_of_them_with_the_cpu() {
-    let gpus = gpus();
-    if gpus.len() < 2 {
-        eprintln!("SKIPPED: gpu:1 is missing: {} adapters were found, a pair needs 2", gpus.len());
+    let gpus = at_least(2);
+    if gpus.is_empty() {
         return;
     }
     for (i, a) in gpus.iter().enumerate() {

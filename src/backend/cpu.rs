@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
-use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts, Room, Wait};
+use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts, Room};
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernels::attend::{KvShape, attend, store_kv};
@@ -294,6 +295,10 @@ impl Place for CpuPlace {
         &self.ranks
     }
 
+    fn device(&self) -> &str {
+        "cpu"
+    }
+
     fn is_asynchronous(&self) -> bool {
         false
     }
@@ -319,7 +324,7 @@ impl Place for CpuPlace {
         Ok(())
     }
 
-    fn poll(&mut self, _: Wait) -> Result<Poll<()>> {
+    fn poll(&mut self, _: Duration) -> Result<Poll<()>> {
         Ok(Poll::Ready(()))
     }
 

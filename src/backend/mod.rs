@@ -39,15 +39,6 @@ impl KvType {
     }
 }
 
-/// What a launch may trade for speed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) enum Numerics {
-    /// The same bits with any number of threads, any batching and any chunking, on one machine.
-    Exact,
-    /// Anything that stays within the stated bound.
-    Fast,
-}
-
 /// Index of a page in the pool of every place.
 pub(crate) type PageId = u32;
 
@@ -79,7 +70,6 @@ pub(crate) struct Batch {
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,
     pub kv: KvType,
-    pub numerics: Numerics,
 }
 
 /// Most rows, wanted rows and pages that a place can take.
@@ -114,15 +104,6 @@ pub struct PlaceCounts {
     pub bytes_read: u64,
 }
 
-/// How long [`Place::poll`] may wait.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wait {
-    /// Not at all.
-    Check,
-    /// At most this long.
-    AtMost(Duration),
-}
-
 /// A device that holds the weights, activations and KV pages of the ranks of one stage that live there, and runs segments.
 ///
 /// One launch is in flight at a time. The engine launches every place before it waits for any.
@@ -130,14 +111,17 @@ pub(crate) trait Place: Send {
     /// The ranks of the stage that live here, rising.
     fn ranks(&self) -> &[usize];
 
+    /// The device's name, for messages.
+    fn device(&self) -> &str;
+
     /// Whether `launch` returns before the work is done. Those places are launched first.
     fn is_asynchronous(&self) -> bool;
 
     /// Starts a segment: writes `input` (`[rows, width]`, no padding) to the segment's `write` buffer, runs the ops, copies `read` out.
     fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()>;
 
-    /// Whether the launch is done; waits for it within the bound.
-    fn poll(&mut self, wait: Wait) -> Result<Poll<()>>;
+    /// Whether the launch is done; waits for it no longer than `within`.
+    fn poll(&mut self, within: Duration) -> Result<Poll<()>>;
 
     /// What the segment read, once `poll` said ready: for each buffer of ranks in order, `[rows, width]` without padding.
     /// Of a shared buffer there is one part; of a sharded one, a part a rank, one behind the other.

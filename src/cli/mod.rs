@@ -71,6 +71,9 @@ impl From<torchless::Error> for Failure {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    // Where there is no desktop, Mesa's layer that picks a default device complains on stderr. We ask for all of them.
+    // SAFETY: this is the only thread so far.
+    unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
     // A panic is a fault of ours: reported as a sentence below, and in full where somebody looks for it.
     if std::env::var_os("RUST_BACKTRACE").is_none() {
         panic::set_hook(Box::new(|_| {}));

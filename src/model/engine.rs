@@ -4,7 +4,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Batch, Place, PlaceCounts, Wait};
+use crate::backend::{Batch, Place, PlaceCounts};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::plan::{Plan, SegmentId, Step};
@@ -155,12 +155,12 @@ impl Stage {
 fn wait(place: &mut dyn Place, stage: usize) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        if place.poll(Wait::AtMost(Duration::from_millis(100)))?.is_ready() {
+        if place.poll(Duration::from_millis(100))?.is_ready() {
             return Ok(());
         }
     }
     let reason = format!("no answer in {} seconds", PATIENCE.as_secs());
-    Err(Error::DeviceLost { stage, ranks: place.ranks().to_vec(), device: "the device".into(), reason })
+    Err(Error::DeviceLost { stage, ranks: place.ranks().to_vec(), device: place.device().into(), reason })
 }
 
 type Job = Box<dyn FnOnce(&mut Engine) + Send>;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, Assignment, Batch, KvType, Numerics, PlaceCounts, Room, Row};
+use crate::backend::{self, Assignment, Batch, KvType, PlaceCounts, Room, Row};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -82,7 +82,6 @@ pub(crate) enum Want {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct How {
     pub want: Want,
-    pub numerics: Numerics,
     /// Rows a chunk at most.
     pub chunk: usize,
     /// Report every step to stderr.
@@ -326,9 +325,8 @@ impl Grid {
                 seqs: vec![lease.seq().clone()],
                 wanted: wanted.map(|r| r as u32).collect(),
                 kv: state.kv,
-                numerics: how.numerics,
             };
-            let embedded = self.embed(&tokens[start..end])?;
+            let embedded = self.embed(&tokens[start..end]);
             logits.extend(self.driver.call(move |engine| reporting(how.debug, || engine.run(&batch, embedded)))??);
             lease.commit(end, state.first_seen(end));
         }
@@ -336,13 +334,13 @@ impl Grid {
     }
 
     /// The tokens' rows of the embedding: `[tokens, hidden]`.
-    fn embed(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        let table = self.params.tensor("model.embed_tokens.weight")?;
+    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
+        let table = self.params.embedding();
         let mut rows = vec![0.0; tokens.len() * table.cols()];
         for (row, &token) in rows.chunks_exact_mut(table.cols()).zip(tokens) {
             table.row_to_f32(token as usize, row);
         }
-        Ok(rows)
+        rows
     }
 
     fn check(&self, state: &InferenceState, tokens: &[u32]) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::backend::{Numerics, PlaceCounts};
+use crate::backend::PlaceCounts;
 use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
@@ -109,7 +109,7 @@ impl TensorParallelMistral {
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
     pub fn forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], Numerics::Exact, debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// [`Self::forward`] without the promise of bits. Until it has faster kernels of its own it runs the exact ones; on a state with
@@ -118,7 +118,7 @@ impl TensorParallelMistral {
     /// # Panics
     /// Where [`Self::try_fast_forward`] returns an error.
     pub fn fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], Numerics::Fast, debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// [`Self::forward`] without the panic. After an error the state is as before.
@@ -126,7 +126,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// A token outside the vocabulary, a full context or cache, a state of another checkpoint, a lost device.
     pub fn try_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.step(state, &[token], Numerics::Exact, false)
+        self.step(state, &[token], false)
     }
 
     /// [`Self::fast_forward`] without the panic.
@@ -134,7 +134,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::try_forward`].
     pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.step(state, &[token], Numerics::Fast, false)
+        self.step(state, &[token], false)
     }
 
     /// Computes a whole prompt in chunks; the logits of its last token land in the state. The numerics of [`Self::forward`].
@@ -142,7 +142,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::try_forward`], and for an empty prompt.
     pub fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, Numerics::Exact, false)
+        self.step(state, tokens, false)
     }
 
     /// [`Self::prefill`] with the numerics of [`Self::fast_forward`].
@@ -150,7 +150,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, Numerics::Fast, false)
+        self.step(state, tokens, false)
     }
 
     /// [`Self::prefill`] that answers with the logits of every token: `[tokens, vocab_size]`.
@@ -166,11 +166,11 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn prefill_logits_in_chunks(&self, state: &mut InferenceState, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
-        self.grid.advance(state, tokens, How { want: Want::All, numerics: Numerics::Exact, chunk, debug: false })
+        self.grid.advance(state, tokens, How { want: Want::All, chunk, debug: false })
     }
 
-    fn step(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics, debug: bool) -> Result<()> {
-        self.grid.advance(state, tokens, How { want: Want::Last, numerics, chunk: usize::MAX, debug }).map(drop)
+    fn step(&self, state: &mut InferenceState, tokens: &[u32], debug: bool) -> Result<()> {
+        self.grid.advance(state, tokens, How { want: Want::Last, chunk: usize::MAX, debug }).map(drop)
     }
 
     /// Every rank, where it is and what it holds.

@@ -131,26 +131,12 @@ impl Parameters {
     pub(crate) fn embedding(&self) -> Matrix {
         self.0.tensors[EMBEDDING].clone()
     }
-
-    /// The name of the head, `[vocab_size, hidden_size]`: the embedding where the two are tied.
-    pub(crate) fn head_name(&self) -> &'static str {
-        head_name(&self.0.config)
-    }
-
-    /// Where a file of the directory lies, if it is there.
-    pub(crate) fn file(&self, name: &str) -> Option<PathBuf> {
-        Some(self.0.path.join(name)).filter(|path| path.is_file())
-    }
 }
 
 impl std::fmt::Debug for Parameters {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Parameters").field("path", &self.0.path).field("config", &self.0.config).finish_non_exhaustive()
     }
-}
-
-fn head_name(config: &Config) -> &'static str {
-    if config.tie_word_embeddings { EMBEDDING } else { HEAD }
 }
 
 /// Every tensor of a model with these sizes, with its shape, as transformers' `MistralForCausalLM` names them.

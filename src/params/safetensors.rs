@@ -45,10 +45,6 @@ impl SafetensorsFile {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The whole file, as mapped.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map

@@ -177,10 +177,17 @@ fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
 
 /// Every adapter of this machine. Where there is none, says so by name, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
 pub fn gpus() -> Vec<torchless::Device> {
+    at_least(1)
+}
+
+/// Every adapter, if there are `n`. Where there are fewer, says which is missing, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
+pub fn at_least(n: usize) -> Vec<torchless::Device> {
     let gpus: Vec<_> = torchless::devices().into_iter().filter(|d| !d.is_cpu()).collect();
-    if gpus.is_empty() {
-        assert!(std::env::var("TORCHLESS_REQUIRE_GPU").map_or(true, |v| v != "1"), "TORCHLESS_REQUIRE_GPU=1, but there is no gpu:0");
-        eprintln!("SKIPPED: gpu:0 is missing: no adapter was found");
+    if gpus.len() >= n {
+        return gpus;
     }
-    gpus
+    let missing = format!("gpu:{} is missing: {} adapters were found, {n} are needed", gpus.len(), gpus.len());
+    assert!(std::env::var("TORCHLESS_REQUIRE_GPU").map_or(true, |v| v != "1"), "TORCHLESS_REQUIRE_GPU=1, but {missing}");
+    eprintln!("SKIPPED: {missing}");
+    Vec::new()
 }

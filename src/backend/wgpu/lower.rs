@@ -8,7 +8,7 @@ use super::shaders::{Kernel, Pipelines, Shape, Tuning, Variant};
 use super::weights::GpuWeight;
 use crate::backend::{Assignment, KvType, Room};
 use crate::error::Result;
-use crate::partition::{Dim, RankPartition, TensorParallelStrategy};
+use crate::partition::{RankPartition, TensorParallelStrategy};
 use crate::plan::{Buf, Op, Rows, Weight};
 
 /// A binding of a uniform may start at a multiple of this in every implementation.

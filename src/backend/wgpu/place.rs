@@ -11,7 +11,7 @@ use super::lower::{Activation, Lowerer};
 use super::moment::Moment;
 use super::room::{self, Bounds};
 use super::shaders::Tuning;
-use crate::backend::{Assignment, Batch, Place, PlaceCounts, Room, Wait};
+use crate::backend::{Assignment, Batch, Place, PlaceCounts, Room};
 use crate::device::Device;
 use crate::error::Result;
 use crate::plan::SegmentId;
@@ -173,6 +173,10 @@ impl Place for GpuPlace {
         &self.ranks
     }
 
+    fn device(&self) -> &str {
+        &self.gpu.owner.device
+    }
+
     fn is_asynchronous(&self) -> bool {
         true
     }
@@ -221,13 +225,9 @@ impl Place for GpuPlace {
         self.gpu.check()
     }
 
-    fn poll(&mut self, wait: Wait) -> Result<Poll<()>> {
+    fn poll(&mut self, within: Duration) -> Result<Poll<()>> {
         let Some(flight) = &self.flight else { return Ok(Poll::Ready(())) };
-        let bound = match wait {
-            Wait::Check => Duration::ZERO,
-            Wait::AtMost(bound) => bound,
-        };
-        if !self.gpu.wait(&flight.index, bound, || flight.signal.get() != 0)? {
+        if !self.gpu.wait(&flight.index, within, || flight.signal.get() != 0)? {
             return Ok(Poll::Pending);
         }
         match flight.signal.get() {

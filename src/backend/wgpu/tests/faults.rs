@@ -45,7 +45,7 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
         let mut place = model.on(&device, ROOM).unwrap();
         place.launch(SegmentId(0), &model.rows(1, 70), Some(&vec![1.0; 70 * 64])).unwrap();
         place.destroy();
-        let outcome = (0..100).find_map(|_| match place.poll(crate::backend::Wait::AtMost(std::time::Duration::from_millis(50))) {
+        let outcome = (0..100).find_map(|_| match place.poll(std::time::Duration::from_millis(50)) {
             Ok(std::task::Poll::Pending) => None,
             Ok(std::task::Poll::Ready(())) => Some(place.output().map(<[f32]>::len)),
             Err(e) => Some(Err(e)),

@@ -10,7 +10,7 @@ use memmap2::MmapMut;
 
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
-use crate::backend::{Assignment, Batch, KvType, Numerics, Place, Room, Row, Seq, Wait};
+use crate::backend::{Assignment, Batch, KvType, Place, Room, Row, Seq};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
@@ -177,7 +177,7 @@ impl Model {
             (0..half).map(move |i| angle(i).cos() as f32).chain((0..half).map(move |i| angle(i).sin() as f32))
         });
         let rope = rope.collect();
-        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, rope, kv, numerics: Numerics::Exact }
+        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, rope, kv }
     }
 }
 
@@ -191,7 +191,7 @@ pub(super) fn run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Vec<f32
 pub(super) fn try_run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
     place.launch(SegmentId(0), batch, Some(input))?;
     for _ in 0..60 {
-        if let Poll::Ready(()) = place.poll(Wait::AtMost(Duration::from_secs(1)))? {
+        if let Poll::Ready(()) = place.poll(Duration::from_secs(1))? {
             return place.output().map(<[f32]>::to_vec);
         }
     }
