@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     println!("Devices of this machine:");
     for device in devices() {
-        println!("  {:<6} {} ({})", device.label(), device.name(), device.kind().name());
+        println!("  {:<6} {} ({}, {})", device.label(), device.name(), device.kind().name(), device.backend());
     }
     let mut chosen = Device::parse_list(args.devices.as_deref().unwrap_or("auto"))?;
     if args.devices.is_none() && chosen.iter().all(Device::is_cpu) {

@@ -1,4 +1,35 @@
-//! Mistral-family language models, split over whatever devices a person has.
+//! Mistral-family language models, split over whatever devices a person has: GPUs of any vendor through wgpu, the CPU, or both.
+//!
+//! A model is a grid of stages x ranks. A stage owns a range of layers, a rank a slice of every matrix in it; ranks live on the
+//! devices that a list names, in order.
+//!
+//! ```
+//! use torchless::{Device, InferenceState, Parameters, TensorParallelMistral};
+//!
+//! # fn main() -> Result<(), torchless::Error> {
+//! let params = Parameters::load("examples/models/tiny-stories")?;
+//! let model = TensorParallelMistral::load_on_gpus(params, vec![Device::cpu(), Device::cpu()])?;
+//!
+//! let mut state = InferenceState::new(model.config());
+//! let prompt = model.parameters().tokenizer()?.encode("Lily had a red ball.")?;
+//! model.prefill(&mut state, &prompt)?;
+//! let likeliest = (0..state.logits().len()).max_by(|&a, &b| state.logits()[a].total_cmp(&state.logits()[b])).unwrap();
+//! model.forward(&mut state, likeliest as u32, false);
+//! assert_eq!(state.position(), prompt.len() + 1);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! [`generate`] does that until the text ends. [`Parameters`] is a checkpoint, mapped and checked; [`TensorParallelMistral`] a loaded model;
+//! [`InferenceState`] one sequence; [`ParallelConfig`] everything about how a model is spread; [`devices`] what there is to spread it over.
+//! The pieces of tensor parallelism stand alone too: [`column_parallel_linear`], [`row_parallel_linear`], [`all_reduce_sum`], [`mlp_tensor_parallel`].
+//!
+//! `ARCHITECTURE.md` tells how it works inside.
+
+/// The README's examples compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod backend;
 mod collective;

@@ -232,12 +232,12 @@ fn parallel_config_for_a_model() {
     use torchless::{ParallelConfig, Parameters};
 
     let params = Parameters::load(fixture("tiny-mistral")).unwrap();
-    let model_config = params.config();
+    let model_config = params.config().clone();
 
     // Auto-configure for model
     let config = ParallelConfig::for_model(&model_config);
 
-    assert!(config.validate(model_config).is_ok());
+    assert!(config.validate(&model_config).is_ok());
 }
 
 #[test]

@@ -137,6 +137,7 @@ pub(crate) trait Place: Send {
 /// What a place is made of: the ranks of a stage that it hosts, what they compute, and where their weights come from.
 #[derive(Clone)]
 pub(crate) struct Assignment<'a> {
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // only errors of GPU places name it
     pub stage: usize,
     /// Ranks of the stage that live in this place, rising.
     pub ranks: Vec<usize>,

@@ -129,7 +129,7 @@ impl PipelineConfig {
 mod tests {
     use super::*;
     use rand_chacha::ChaCha8Rng;
-    use rand_core::{Rng, SeedableRng};
+    use rand_chacha::rand_core::{Rng, SeedableRng};
 
     const SIZES: [usize; 8] = [0, 1, 2, 3, 4, 7, 32, usize::MAX];
 

@@ -5,7 +5,7 @@
 //! The format: <https://huggingface.co/docs/safetensors/index#format>.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use memmap2::Mmap;
