@@ -22,9 +22,11 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::zero`].
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// The sum of all lanes by a fixed tree: the upper half onto the lower, until one is left.
+    ///
     /// # Safety
     /// As [`Lanes::zero`].
-    unsafe fn store(self) -> [f32; 16];
+    unsafe fn sum(self) -> f32;
 }
 
 /// What a weight can be stored as, and how 16 of it become lanes.
@@ -81,8 +83,13 @@ impl Lanes for [f32; 16] {
         self
     }
     #[inline(always)]
-    unsafe fn store(self) -> [f32; 16] {
-        self
+    unsafe fn sum(mut self) -> f32 {
+        for half in [8, 4, 2, 1] {
+            for l in 0..half {
+                self[l] += self[l + half];
+            }
+        }
+        self[0]
     }
 }
 
@@ -117,10 +124,11 @@ pub(crate) mod x86 {
             unsafe { _mm512_fmadd_ps(a, b, self) }
         }
         #[inline(always)]
-        unsafe fn store(self) -> [f32; 16] {
-            let mut out = [0.0; 16];
-            unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self) };
-            out
+        unsafe fn sum(self) -> f32 {
+            unsafe {
+                let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self)));
+                sum8(_mm256_add_ps(_mm512_castps512_ps256(self), upper))
+            }
         }
     }
 
@@ -152,13 +160,19 @@ pub(crate) mod x86 {
             unsafe { [_mm256_fmadd_ps(a[0], b[0], self[0]), _mm256_fmadd_ps(a[1], b[1], self[1])] }
         }
         #[inline(always)]
-        unsafe fn store(self) -> [f32; 16] {
-            let mut out = [0.0; 16];
-            unsafe {
-                _mm256_storeu_ps(out.as_mut_ptr(), self[0]);
-                _mm256_storeu_ps(out.as_mut_ptr().add(8), self[1]);
-            }
-            out
+        unsafe fn sum(self) -> f32 {
+            unsafe { sum8(_mm256_add_ps(self[0], self[1])) }
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX.
+    #[inline(always)]
+    unsafe fn sum8(v: __m256) -> f32 {
+        unsafe {
+            let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
         }
     }
 }

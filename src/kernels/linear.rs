@@ -165,7 +165,11 @@ unsafe fn tile<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
             let mut sum = [[L::zero(); C]; R];
             let whole = end - (end - start) % LANES;
             for k in (start..whole).step_by(LANES) {
-                let xk: [L; C] = std::array::from_fn(|i| L::load_f32(x[i].as_ptr().add(k)));
+                // Loops and no closures: intrinsics would not be inlined through those.
+                let mut xk = [L::zero(); C];
+                for j in 0..C {
+                    xk[j] = L::load_f32(x[j].as_ptr().add(k));
+                }
                 for i in 0..R {
                     let wk: L = W::load(w[i].as_ptr().add(k));
                     for j in 0..C {
@@ -175,7 +179,10 @@ unsafe fn tile<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
             }
             if whole < end {
                 // Zeros beyond the end add nothing.
-                let xk: [L; C] = std::array::from_fn(|i| L::load_f32(padded(&x[i][whole..end]).as_ptr()));
+                let mut xk = [L::zero(); C];
+                for j in 0..C {
+                    xk[j] = L::load_f32(padded(&x[j][whole..end]).as_ptr());
+                }
                 for i in 0..R {
                     let wk: L = W::load(padded(&w[i][whole..end]).as_ptr());
                     for j in 0..C {
@@ -185,7 +192,7 @@ unsafe fn tile<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
             }
             for i in 0..R {
                 for j in 0..C {
-                    total[i][j] += tree(sum[i][j].store());
+                    total[i][j] += sum[i][j].sum();
                 }
             }
         }
@@ -199,17 +206,6 @@ fn padded<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
     let mut out = [T::default(); LANES];
     out[..tail.len()].copy_from_slice(tail);
     out
-}
-
-/// The sum of 16 lanes: halves onto each other, always in this order.
-#[inline(always)]
-fn tree(mut lanes: [f32; LANES]) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for l in 0..half {
-            lanes[l] += lanes[l + half];
-        }
-    }
-    lanes[0]
 }
 
 #[cfg(test)]
