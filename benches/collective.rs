@@ -16,12 +16,12 @@ use torchless::{Device, InferenceState, ParallelConfig, Parameters, TensorParall
 
 /// Values of a sum: 16 KiB, the hidden size of Mistral-7B.
 const HIDDEN: usize = 4096;
-const LAYERS: usize = 4;
+const LAYERS: usize = 2;
 /// After attention and after the MLP.
 const ALL_REDUCES: usize = 2 * LAYERS;
 /// Tokens of a grid's turn. The first is not counted: it finds the caches full of another grid's data.
 const TOKENS: usize = 5;
-const MOST_ROUNDS: usize = 200;
+const MOST_ROUNDS: usize = 300;
 const TIME: Duration = Duration::from_secs(60);
 
 /// A model on some devices, each rank a place of its own.
@@ -52,7 +52,7 @@ impl Grid {
             self.model.forward(&mut state, token, false);
             start.elapsed().as_secs_f64()
         };
-        let seconds: Vec<f64> = (0..TOKENS as u32).map(step).skip(1).collect();
+        let seconds: Vec<f64> = [1; TOKENS].into_iter().map(step).skip(1).collect();
         self.tokens.push(Quantiles::of(seconds).median);
     }
 
@@ -108,7 +108,7 @@ struct Parts {
     work: Vec<f64>,
     read: Vec<f64>,
     sum: Vec<f64>,
-    whole: Vec<f64>,
+    step: Vec<f64>,
 }
 
 impl Parts {
@@ -145,7 +145,7 @@ impl Parts {
         }
         assert_eq!(steps.count(), 1, "the gather of the logits ends a token");
         let whole = step_start - events[0].ts;
-        for (all, token) in [&mut self.launch, &mut self.work, &mut self.read, &mut self.sum, &mut self.whole]
+        for (all, token) in [&mut self.launch, &mut self.work, &mut self.read, &mut self.sum, &mut self.step]
             .into_iter()
             .zip([launch, work, read, sum, whole])
         {
@@ -163,13 +163,16 @@ struct Row {
     all_reduce: Option<AllReduce>,
 }
 
+/// The columns of benches/README.md.
+
 #[derive(Serialize)]
 struct AllReduce {
     launch: Quantiles,
     work: Quantiles,
     read: Quantiles,
     sum: Quantiles,
-    whole: Quantiles,
+    step: Quantiles,
+    one_place: Quantiles,
     over_one_place: Quantiles,
 }
 
@@ -192,11 +195,11 @@ fn measure(all: &[Device], most_rounds: usize) -> (usize, Vec<Row>) {
     let spec = Spec {
         hidden: HIDDEN,
         layers: LAYERS,
-        intermediate: 16,
+        intermediate: 4,
         heads: 4,
-        kv_heads: 4,
-        head_dim: 4,
-        vocab: 16,
+        kv_heads: 1,
+        head_dim: 2,
+        vocab: 4,
         max_positions: 64,
         ..Spec::default()
     };
@@ -213,15 +216,16 @@ fn measure(all: &[Device], most_rounds: usize) -> (usize, Vec<Row>) {
     let row = |grid: &Grid| {
         let all_reduce = (grid.devices.len() > 1).then(|| {
             let slowest = |round: usize| grid.devices.iter().filter_map(alone).map(|tokens| tokens[round]).fold(0.0, f64::max);
-            let over = grid.tokens.iter().enumerate().map(|(round, token)| 1e6 * (token - slowest(round)) / ALL_REDUCES as f64);
+            let each = |seconds: f64| 1e6 * seconds / ALL_REDUCES as f64;
             let parts = Parts::of(&grid.model, dir.path());
             AllReduce {
                 launch: Quantiles::of(parts.launch),
                 work: Quantiles::of(parts.work),
                 read: Quantiles::of(parts.read),
                 sum: Quantiles::of(parts.sum),
-                whole: Quantiles::of(parts.whole),
-                over_one_place: Quantiles::of(over),
+                step: Quantiles::of(parts.step),
+                one_place: Quantiles::of((0..grid.tokens.len()).map(|round| each(slowest(round)))),
+                over_one_place: Quantiles::of(grid.tokens.iter().enumerate().map(|(round, token)| each(token - slowest(round)))),
             }
         });
         Row { devices: grid.labels(), token: Quantiles::of(grid.tokens.iter().map(|t| 1e6 * t)), all_reduce }
@@ -230,16 +234,17 @@ fn measure(all: &[Device], most_rounds: usize) -> (usize, Vec<Row>) {
 }
 
 fn print_table(rows: &[Row]) {
-    println!("| devices | launch | work | read | sum | all-reduce (p10..p90) | over one place (p10..p90) | token (p10..p90) |");
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("| devices | launch | work | read | sum | step (p10..p90) | one place (p10..p90) | over it (p10..p90) | token (p10..p90) |");
+    println!("|---|---|---|---|---|---|---|---|---|");
     let spread = |q: Quantiles| format!("{:.0} ({:.0}..{:.0})", q.median, q.p10, q.p90);
     for Row { devices, token, all_reduce } in rows {
         let cells = match all_reduce {
             Some(a) => {
                 let [launch, work, read, sum] = [a.launch, a.work, a.read, a.sum].map(|q| q.median);
-                format!("{launch:.1} | {work:.1} | {read:.1} | {sum:.1} | {} | {}", spread(a.whole), spread(a.over_one_place))
+                let spreads = [a.step, a.one_place, a.over_one_place].map(spread).join(" | ");
+                format!("{launch:.1} | {work:.1} | {read:.1} | {sum:.1} | {spreads}")
             }
-            None => "- | - | - | - | - | -".to_owned(),
+            None => "- | - | - | - | - | - | -".to_owned(),
         };
         println!("| {} | {cells} | {} |", devices.join(", "), spread(*token));
     }

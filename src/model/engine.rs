@@ -128,8 +128,7 @@ impl Stage {
         }
         let local = local.concat();
         // Alone, this process hosts all ranks; in a group, each member one.
-        let counts: Vec<usize> =
-            if collective.size() == 1 { vec![local.len()] } else { widths.iter().map(|width| rows * width).collect() };
+        let counts: Vec<usize> = if collective.size() == 1 { vec![local.len()] } else { widths.iter().map(|width| rows * width).collect() };
         let mut all = vec![0.0; counts.iter().sum()];
         collective.all_gather(&local, &counts, &mut all)?;
         let total: usize = widths.iter().sum();
