@@ -261,7 +261,7 @@ fn main() {
     }
     let start = Instant::now();
     let (rounds, rows) = measure(&all, most_rounds);
-    let describe = |d: &Device| format!("{} ({}) through {}, {} {}", d.label(), d.name(), d.backend(), d.driver(), d.driver_info());
+    let describe = |d: &Device| [d.to_string().as_str(), d.backend(), d.driver(), d.driver_info()].join(" ").trim_end().to_owned();
     let described: Vec<String> = all.iter().map(describe).collect();
     if json {
         let document = serde_json::json!({
