@@ -40,15 +40,13 @@ impl Engine {
                 let start = Instant::now();
                 match step {
                     Step::Run(segment) => stage.run(segment, batch, &flow, &self.trace)?,
-                    Step::AllReduce(_) => stage.all_reduce(&mut flow, &*self.collective)?,
-                    Step::AllGather(_) => stage.all_gather(&mut flow, batch.wanted.len(), &*self.collective)?,
-                    Step::Pass(_) => stage.pass(&mut flow)?,
+                    Step::AllReduce(_) => stage.all_reduce(&mut flow, batch, &*self.collective, &self.trace)?,
+                    Step::AllGather(_) => stage.all_gather(&mut flow, batch, &*self.collective, &self.trace)?,
+                    Step::Pass(_) => stage.pass(&mut flow, batch, &self.trace)?,
                 }
                 tracing::debug!(stage = stage.index, ?step, rows = batch.rows.len(), micros = start.elapsed().as_micros() as u64, "step");
                 if matches!(step, Step::AllReduce(_) | Step::AllGather(_)) {
                     self.collectives += 1;
-                    let ranks: Vec<usize> = stage.places.iter().flat_map(|p| p.ranks().iter().copied()).collect();
-                    self.trace.span(stage.index, &ranks, Category::Reduce, start, batch.number, batch.rows.len());
                 }
             }
         }
@@ -93,10 +91,11 @@ impl Stage {
     }
 
     /// `flow` becomes the sum of what the places read, place after place, and then rank after rank of the group.
-    fn all_reduce(&mut self, flow: &mut Vec<f32>, collective: &dyn Collective) -> Result<()> {
+    fn all_reduce(&mut self, flow: &mut Vec<f32>, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<()> {
+        let parts = self.read(batch, trace)?;
+        let start = Instant::now();
         flow.clear();
-        for place in &mut self.places {
-            let part = place.output()?;
+        for part in parts {
             if flow.is_empty() {
                 flow.extend_from_slice(part);
             } else {
@@ -108,48 +107,68 @@ impl Stage {
         let n = flow.len();
         flow.copy_from_slice(&all[..n]);
         (1..collective.size()).for_each(|rank| crate::kernels::add(flow, &all[rank * n..(rank + 1) * n]));
+        trace.span(self.index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
         Ok(())
     }
 
     /// `flow` becomes `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
-    fn all_gather(&mut self, flow: &mut Vec<f32>, rows: usize, collective: &dyn Collective) -> Result<()> {
-        let world = self.gathered.len();
-        let mut local = vec![Vec::new(); world];
-        for place in &mut self.places {
-            let ranks = place.ranks().to_vec();
-            let mut parts = place.output()?;
+    fn all_gather(&mut self, flow: &mut Vec<f32>, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<()> {
+        let (index, rows, widths) = (self.index, batch.wanted.len(), self.gathered.clone());
+        let ranks: Vec<Vec<usize>> = self.places.iter().map(|p| p.ranks().to_vec()).collect();
+        let read = self.read(batch, trace)?;
+        let start = Instant::now();
+        let mut local = vec![Vec::new(); widths.len()];
+        for (ranks, mut parts) in ranks.into_iter().zip(read) {
             for rank in ranks {
                 let part = parts
-                    .split_off(..rows * self.gathered[rank])
-                    .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {}", self.index)))?;
+                    .split_off(..rows * widths[rank])
+                    .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {index}")))?;
                 local[rank] = part.to_vec();
             }
         }
         let local = local.concat();
         // Alone, this process hosts all ranks; in a group, each member one.
-        let counts: Vec<usize> =
-            if collective.size() == 1 { vec![local.len()] } else { self.gathered.iter().map(|width| rows * width).collect() };
+        let counts: Vec<usize> = if collective.size() == 1 { vec![local.len()] } else { widths.iter().map(|width| rows * width).collect() };
         let mut all = vec![0.0; counts.iter().sum()];
         collective.all_gather(&local, &counts, &mut all)?;
-        let total: usize = self.gathered.iter().sum();
+        let total: usize = widths.iter().sum();
         flow.resize(rows * total, 0.0);
         let (mut from, mut column) = (0, 0);
-        for &width in &self.gathered {
+        for width in widths {
             for row in 0..rows {
                 flow[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
             }
             from += rows * width;
             column += width;
         }
+        trace.span(index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
         Ok(())
     }
 
     /// `flow` becomes the residual stream, which every place has.
-    fn pass(&mut self, flow: &mut Vec<f32>) -> Result<()> {
+    fn pass(&mut self, flow: &mut Vec<f32>, batch: &Batch, trace: &Trace) -> Result<()> {
         flow.clear();
-        flow.extend_from_slice(self.places[0].output()?);
+        flow.extend_from_slice(read(self.places[0].as_mut(), self.index, batch, trace)?);
         Ok(())
     }
+
+    /// What each place read, in order.
+    fn read(&mut self, batch: &Batch, trace: &Trace) -> Result<Vec<&[f32]>> {
+        self.places.iter_mut().map(|place| read(place.as_mut(), self.index, batch, trace)).collect()
+    }
+
+    /// The ranks that this process hosts.
+    fn ranks(&self) -> Vec<usize> {
+        self.places.iter().flat_map(|p| p.ranks().iter().copied()).collect()
+    }
+}
+
+/// What a place read, and how long it took to get at it.
+fn read<'a>(place: &'a mut dyn Place, stage: usize, batch: &Batch, trace: &Trace) -> Result<&'a [f32]> {
+    let (ranks, start) = (place.ranks().to_vec(), Instant::now());
+    let output = place.output()?;
+    trace.span(stage, &ranks, Category::Read, start, batch.number, batch.rows.len());
+    Ok(output)
 }
 
 fn wait(place: &mut dyn Place, stage: usize) -> Result<()> {

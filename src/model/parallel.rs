@@ -294,6 +294,19 @@ mod tests {
     }
 
     #[test]
+    fn a_trace_tells_reads_and_sums_from_computing() {
+        let model = TensorParallelMistral::load_on_gpus(params("tied"), vec![Device::cpu().isolated(); 2]).unwrap();
+        model.start_trace();
+        let start = std::time::Instant::now();
+        model.forward(&mut InferenceState::new(model.config()), 1, false);
+        let both_ranks = 2.0 * start.elapsed().as_secs_f64();
+        let [compute, read, reduce, write] = model.traced_seconds();
+        assert!(compute > 0.0 && read > 0.0 && reduce > 0.0, "{:?}", [compute, read, reduce]);
+        assert_eq!(write, 0.0, "the CPU computes where it is written to");
+        assert!(compute + read + reduce <= both_ranks, "no time counts twice");
+    }
+
+    #[test]
     fn many_threads_share_a_model_even_inside_a_callers_own_pool() {
         let model = load("tiny-mistral", 2);
         let run = |seed: u32| {

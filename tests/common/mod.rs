@@ -64,7 +64,7 @@ impl Default for Spec {
 }
 
 impl Spec {
-    fn config(&self) -> Value {
+    pub fn config(&self) -> Value {
         let mut config = json!({
             "model_type": self.model_type,
             "vocab_size": self.vocab,
@@ -91,7 +91,7 @@ impl Spec {
     }
 
     /// Names and shapes, in an order that doesn't depend on how they are stored.
-    fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let (hidden, channels) = (self.hidden, self.intermediate);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let mut tensors = vec![("model.embed_tokens.weight".into(), vec![self.vocab, hidden])];
@@ -152,12 +152,12 @@ pub fn write_checkpoint(dir: &Path, spec: &Spec) {
     }
 }
 
-fn write_json(path: &Path, value: &Value) {
+pub fn write_json(path: &Path, value: &Value) {
     fs::write(path, serde_json::to_string_pretty(value).unwrap()).unwrap();
 }
 
 /// A norm about 1, so that leaving it out shows; a matrix that keeps the size of what it multiplies.
-fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> Vec<f32> {
+pub fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> Vec<f32> {
     let (centre, spread) = match *shape {
         [_, inputs] => (0.0, (3.0 / inputs as f32).sqrt()),
         _ => (1.0, 0.3),
@@ -166,7 +166,7 @@ fn values(random: &mut ChaCha8Rng, shape: &[usize]) -> Vec<f32> {
     (0..shape.iter().product()).map(|_| centre + spread * uniform(random)).collect()
 }
 
-fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
+pub fn stored(values: &[f32], dtype: Dtype) -> Vec<u8> {
     match dtype {
         Dtype::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         Dtype::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
