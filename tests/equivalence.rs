@@ -163,6 +163,7 @@ fn a_sliding_window_bounds_the_pages_held_over_ten_windows_and_more() {
         model.forward(&mut state, i % 320, false);
         most = most.max(state.kv_pages());
     }
+    eprintln!("pages held over 50 windows of 8: {most} at most, {} at the end", state.kv_pages());
     // Window 8, chunks of one row, pages of 64.
     assert!(most <= 9usize.div_ceil(64) + 1, "{most} pages");
     assert_eq!(model.kv_pages_held(), state.kv_pages());

@@ -139,6 +139,7 @@ fn a_token_takes_one_submission_on_one_place_and_one_more_for_each_all_reduce_on
         model.forward(&mut state, 1, false);
         let before = count();
         model.forward(&mut state, 2, false);
+        eprintln!("submissions for a token: {}", count() - before);
         assert_eq!(count() - before, submissions);
     }
 }
