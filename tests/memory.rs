@@ -12,7 +12,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::{Spec, gpus, stored, values, write_json};
+#[cfg(feature = "gpu")]
+use common::gpus;
+use common::{Spec, stored, values, write_json};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -158,12 +160,16 @@ fn a_cpu_grid_takes_at_most_15_percent_more_than_its_checkpoint() {
     }
 }
 
+#[cfg(feature = "gpu")]
 #[test]
 fn a_gpu_rank_takes_at_most_a_slice_of_the_hosts_memory_beyond_the_mapping_and_the_device() {
     if child() {
         return;
     }
-    let gpus = gpus();
+    let (gpus, hardware): (Vec<_>, Vec<_>) = gpus().into_iter().partition(Device::is_software);
+    for gpu in hardware {
+        eprintln!("SKIPPED: {gpu}: what its driver keeps on the host is not known; software adapters are measured");
+    }
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     if gpus.is_empty() || !possible("the peak of a GPU rank", dirs[0].path(), 500_000_000) {
         return;
@@ -185,9 +191,9 @@ fn a_gpu_rank_takes_at_most_a_slice_of_the_hosts_memory_beyond_the_mapping_and_t
         let mixed = (i == 0).then(|| format!("{},cpu", gpu.label()));
         for devices in std::iter::once(gpu.label()).chain(mixed) {
             let usage = measured(test, 1, &devices, dirs[1].path());
-            let device = if gpu.is_software() { usage.on_gpus } else { 0 };
-            let beyond = usage.anonymous.saturating_sub(empty.anonymous + device);
-            let [all, anonymous, device, before, extra] = [usage.all, usage.anonymous, device, empty.anonymous, beyond].map(megabytes);
+            let beyond = usage.anonymous.saturating_sub(empty.anonymous + usage.on_gpus);
+            let [all, anonymous, device, before, extra] =
+                [usage.all, usage.anonymous, usage.on_gpus, empty.anonymous, beyond].map(megabytes);
             eprintln!("{devices} ({}): at most {all} MB, {anonymous} of them anonymous:", gpu.name());
             eprintln!("    {before} without weights, {device} of weights on the device, {extra} more");
             let most = megabytes(largest_slice + activations + drivers);
