@@ -223,6 +223,8 @@ impl<'a, M: Model + ?Sized> Run<'a, M> {
         let sampler = Sampler::new(options.sampling)?;
         let tokenizer = model.parameters().tokenizer();
         let (tokens, tokenizer) = match prompt {
+            // Even though the special tokens in front could be continued: refused rather than guessed.
+            Prompt::Text(text) if text.is_empty() => return Err(Error::EmptyPrompt),
             Prompt::Text(text) => {
                 let tokenizer = tokenizer?;
                 let encode = if state.position() == 0 { tokenizer.encode(text) } else { tokenizer.encode_continuation(text) };

@@ -26,7 +26,7 @@ impl Run {
 fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_torchless"));
     // Without the directory some graphics drivers complain on stderr of their own accord.
-    command.args(args).env_remove("RUST_BACKTRACE").env("XDG_RUNTIME_DIR", std::env::temp_dir());
+    command.args(args).env_remove("RUST_BACKTRACE").env_remove("XDG_RUNTIME_DIR");
     command
 }
 
@@ -124,6 +124,7 @@ fn a_failure_is_one_sentence_and_status_1() {
         1,
         &[
             ("plan --model nowhere --devices cpu", "nowhere"),
+            ("generate --model {model} --devices cpu --prompt=", "the prompt is empty"),
             ("plan --model {dir} --devices cpu", "config.json"),
             ("plan --model {model} --devices tpu", "\"tpu\""),
             ("plan --model {model} --devices gpu:999", "gpu:999"),

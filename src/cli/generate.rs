@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use serde_json::json;
-use torchless::{FinishReason, GenerateOptions, Parameters, Sampler, SamplerOptions, Token};
+use torchless::{Error, FinishReason, GenerateOptions, Parameters, Sampler, SamplerOptions, Token};
 
 use super::grid::{GridArgs, RunArgs};
 use super::output::{print, print_json};
@@ -75,6 +75,9 @@ pub fn run(args: &Args) -> Outcome {
     let seed = Sampler::new(args.sampling())?.seed();
     let is_greedy = args.temperature == 0.0;
     let params = Parameters::load(&args.grid.model)?;
+    if args.prompt.is_empty() {
+        return Err(Error::EmptyPrompt.into());
+    }
     let prompt = params.tokenizer()?.encode(&args.prompt)?;
     let loaded = args.grid.load(&args.run, &params, prompt.len().saturating_add(args.max_tokens))?;
 

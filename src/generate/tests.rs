@@ -86,11 +86,6 @@ fn the_text_goes_on_behind_the_prompt_and_ends_with_the_sequence() {
 }
 
 #[test]
-fn an_empty_prompt_begins_a_text_of_its_own() {
-    assert_eq!(Scripted::saying("Once").run("", greedy()).0.concat(), "Once");
-}
-
-#[test]
 fn any_of_the_end_tokens_ends_it() {
     let copy = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors", "tokenizer.json"] {
@@ -234,6 +229,7 @@ fn what_makes_no_sense_is_the_first_and_only_item() {
         (Prompt::from("a"), cold, "temperature -1 makes no sense"),
         (Prompt::from("a"), stops(&[""]), "stop \"\" makes no sense"),
         (Prompt::from(Vec::new()), greedy(), "the prompt is empty"),
+        (Prompt::from(""), greedy(), "the prompt is empty"),
     ] {
         let items: Vec<String> = generate(&model, &mut state, prompt, options).map(|item| item.unwrap_err().to_string()).collect();
         assert!(items.len() == 1 && items[0].starts_with(wanted), "{items:?}");
