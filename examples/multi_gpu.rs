@@ -8,6 +8,7 @@
 use std::io::{Write, stdout};
 use std::ops::Range;
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
@@ -27,8 +28,17 @@ struct Args {
     prompt: String,
 }
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let args = Args::parse();
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("multi_gpu: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     // Where there is no desktop, Mesa's layer that picks a default device complains on stderr. We ask for all of them.
     // SAFETY: this is the only thread so far.
     unsafe { std::env::set_var("NODEVICE_SELECT", "1") };

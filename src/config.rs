@@ -140,6 +140,10 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
     }
     for (key, supported) in [("rope_scaling", "unscaled rotary positions"), ("quantization_config", "F32, F16 and BF16 weights")] {
         if let Some(value) = keys.get(key) {
+            let is_default = |name| value.get(name).and_then(Value::as_str) == Some("default");
+            if key == "rope_scaling" && (is_default("rope_type") || is_default("type")) {
+                continue;
+            }
             let named = ["rope_type", "type", "quant_method"].iter().find_map(|name| value.get(name)?.as_str());
             return Err(unsupported(key, named.map_or_else(|| keys::shown(value), Into::into), supported));
         }

@@ -58,10 +58,10 @@ impl Model for TensorParallelMistral {
         self.context()
     }
     fn try_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.try_forward(state, token)
+        self.try_forward(state, token, false)
     }
     fn try_fast_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.try_fast_forward(state, token)
+        self.try_fast_forward(state, token, false)
     }
     fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
         self.prefill(state, tokens)

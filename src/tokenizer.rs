@@ -10,7 +10,7 @@ use tokenizers::DecoderWrapper;
 use crate::error::{Error, Result};
 
 /// The longest `tokenizer.json` that is read. The largest in use have about 35 MB.
-const MAX_FILE_BYTES: u64 = 256 << 20;
+const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// A checkpoint's `tokenizer.json`.
 #[derive(Debug)]

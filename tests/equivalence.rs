@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::fixture;
+use common::{Spec, fixture, write_checkpoint};
 use torchless::{Device, InferenceState, ParallelConfig, Parameters, TensorParallelConfig, TensorParallelMistral};
 
 const CPU_TOLERANCE: f32 = 1e-4;
@@ -112,6 +112,22 @@ fn a_state_moves_between_grids_of_a_checkpoint_and_no_further() {
 }
 
 #[test]
+fn a_state_without_tokens_belongs_to_no_checkpoint() {
+    let [one, other] = [1, 2].map(|seed| {
+        let dir = tempfile::tempdir().unwrap();
+        write_checkpoint(dir.path(), &Spec { seed, ..Spec::default() });
+        TensorParallelMistral::load(Parameters::load(dir.path()).unwrap(), TensorParallelConfig::default()).unwrap()
+    });
+    let mut state = InferenceState::new(one.config());
+    one.prefill(&mut state, &[1, 2, 3]).unwrap();
+    let error = other.prefill(&mut state, &[4]).unwrap_err().to_string();
+    assert!(error.contains("other weights"), "{error}");
+    state.truncate(0);
+    other.prefill(&mut state, &[4]).unwrap();
+    assert_eq!((one.kv_pages_held(), other.kv_pages_held()), (0, 1));
+}
+
+#[test]
 fn truncated_tokens_leave_no_trace() {
     for name in ["sliding", "uneven"] {
         let case = &fixture::cases(name)[0];
@@ -139,7 +155,7 @@ fn contexts_end_with_an_error_and_an_unchanged_state() {
     assert!(error.contains("context of 512"), "{error}");
     model.prefill(&mut state, &vec![1; limit]).unwrap();
     let before = state.logits().to_vec();
-    assert!(model.try_forward(&mut state, 1).is_err());
+    assert!(model.try_forward(&mut state, 1, false).is_err());
     assert_eq!((state.position(), state.logits()), (limit, &before[..]));
 
     let small = TensorParallelMistral::load(params, ParallelConfig::default().kv_positions(128)).unwrap();

@@ -12,9 +12,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use common::{Spec, skip, stored, values, write_json};
 #[cfg(feature = "gpu")]
-use common::gpus;
-use common::{Spec, stored, values, write_json};
+use common::{gpus, say_skipped};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use safetensors::Dtype;
@@ -121,7 +121,7 @@ fn write_streaming(dir: &Path, spec: &Spec) -> u64 {
 /// Whether memory can be measured here and the directory has room for `wanted` bytes. Says aloud what is missing.
 fn possible(what: &str, dir: &Path, wanted: u64) -> bool {
     if !cfg!(target_os = "linux") {
-        eprintln!("SKIPPED: {what}: resident memory is read from /proc, which is Linux's");
+        skip(&format!("{what}: resident memory is read from /proc, which is Linux's"));
         return false;
     }
     let df = Command::new("df").arg("-Pk").arg(dir).output().unwrap();
@@ -129,7 +129,7 @@ fn possible(what: &str, dir: &Path, wanted: u64) -> bool {
     let free = df.lines().nth(1).and_then(|line| line.split_whitespace().nth(3)?.parse::<u64>().ok());
     let free = 1024 * free.unwrap_or_else(|| panic!("no free space in what df says: {df}"));
     if free < wanted {
-        eprintln!("SKIPPED: {what}: {} has {} MB free, {} are needed", dir.display(), free / 1_000_000, wanted / 1_000_000);
+        skip(&format!("{what}: {} has {} MB free, {} are needed", dir.display(), free / 1_000_000, wanted / 1_000_000));
     }
     free >= wanted
 }
@@ -168,7 +168,7 @@ fn a_gpu_rank_takes_at_most_a_slice_of_the_hosts_memory_beyond_the_mapping_and_t
     }
     let (gpus, hardware): (Vec<_>, Vec<_>) = gpus().into_iter().partition(Device::is_software);
     for gpu in hardware {
-        eprintln!("SKIPPED: {gpu}: what its driver keeps on the host is not known; software adapters are measured");
+        say_skipped(&format!("{gpu}: what its driver keeps on the host is not known; software adapters are measured"));
     }
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     if gpus.is_empty() || !possible("the peak of a GPU rank", dirs[0].path(), 500_000_000) {

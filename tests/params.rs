@@ -107,6 +107,8 @@ fn null_in_a_config_means_that_there_is_none() {
     for key in ["head_dim", "sliding_window", "rope_scaling", "rope_parameters", "quantization_config", "attention_bias"] {
         assert_eq!(config_with(|config| _ = config.insert(key.into(), Value::Null)).unwrap(), plain, "{key}");
     }
+    let scaling = serde_json::json!({"rope_type": "default"});
+    assert_eq!(config_with(|config| _ = config.insert("rope_scaling".into(), scaling.clone())).unwrap(), plain);
     let kv_heads = config_with(|config| config["num_key_value_heads"] = Value::Null).unwrap();
     assert_eq!(kv_heads.n_kv_heads, 4);
 }

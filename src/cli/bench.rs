@@ -64,7 +64,7 @@ impl Run<'_> {
     fn decode(&self, state: &mut InferenceState) -> Result<f64, Error> {
         let start = Instant::now();
         for &token in &self.decode {
-            if self.fast { self.model.try_fast_forward(state, token)? } else { self.model.try_forward(state, token)? }
+            if self.fast { self.model.try_fast_forward(state, token, false)? } else { self.model.try_forward(state, token, false)? }
         }
         Ok(start.elapsed().as_secs_f64())
     }

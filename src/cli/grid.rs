@@ -128,8 +128,8 @@ impl RunArgs {
         let mut state = InferenceState::with_kv(model.config(), self.kv(is_fast));
         let Some(path) = &self.trace else { return work(&mut state) };
         model.start_trace();
-        let result = work(&mut state);
+        let result = work(&mut state)?;
         model.write_trace(path)?;
-        result
+        Ok(result)
     }
 }

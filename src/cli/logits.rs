@@ -58,7 +58,7 @@ fn token_by_token(model: &TensorParallelMistral, state: &mut InferenceState, tok
     }
     let mut logits = Vec::new();
     for &token in tokens {
-        model.try_fast_forward(state, token)?;
+        model.try_fast_forward(state, token, false)?;
         logits.extend_from_slice(state.logits());
     }
     Ok(logits)

@@ -33,7 +33,8 @@ pub(crate) fn store_kv(shape: KvShape, page: &mut [u32], position: usize, x: &[f
             KvType::F32 => bytemuck::cast_slice_mut::<u32, f32>(page)[at..at + x.len()].copy_from_slice(x),
             KvType::F16 => {
                 let page = &mut bytemuck::cast_slice_mut::<u32, f16>(page)[at..at + x.len()];
-                page.iter_mut().zip(x).for_each(|(p, v)| *p = f16::from_f32(*v));
+                // What f16 can't hold becomes the largest that it can, as in the shader.
+                page.iter_mut().zip(x).for_each(|(p, v)| *p = f16::from_f32(v.clamp(-65504.0, 65504.0)));
             }
         }
     }
@@ -117,5 +118,19 @@ fn accumulate(kv: KvType, words: &[u32], at: usize, weight: f32, y: &mut [f32]) 
             let value = &bytemuck::cast_slice::<u32, f16>(words)[at..at + y.len()];
             y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v.to_f32());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_f16_cannot_hold_becomes_the_largest_that_it_can() {
+        let shape = KvShape { kv: KvType::F16, kv_heads: 1, head_dim: 2 };
+        let mut page = vec![0; shape.words()];
+        store_kv(shape, &mut page, 5, &[1e9, -1e9]);
+        let stored = &bytemuck::cast_slice::<u32, f16>(&page)[10..12];
+        assert_eq!(stored, [f16::MAX, f16::MIN]);
     }
 }

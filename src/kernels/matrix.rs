@@ -192,3 +192,18 @@ impl From<ndarray::ArrayView2<'_, f32>> for Matrix {
         Self::from_f32(view.nrows(), view.ncols(), view.iter().copied().collect())
     }
 }
+
+#[cfg(all(test, feature = "ndarray"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_transposed_view_becomes_the_transposed_matrix() {
+        let array = ndarray::Array2::from_shape_vec((2, 3), vec![1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).unwrap();
+        let matrix = Matrix::from(array.t());
+        assert_eq!((matrix.rows(), matrix.cols()), (3, 2));
+        let mut row = [0.0; 2];
+        matrix.row_to_f32(1, &mut row);
+        assert_eq!(row, [2.0, 5.0]);
+    }
+}

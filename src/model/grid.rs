@@ -1,8 +1,9 @@
 //! [`Grid`]: a model loaded onto places, and how a sequence advances on it.
 
+use std::io::IsTerminal;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crate::backend::cpu::Threads;
 use crate::backend::{self, Assignment, Batch, KvType, PlaceCounts, Room, Row};
@@ -221,7 +222,7 @@ impl Grid {
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             built.push(Stage { index, plan: layout.plan.clone(), places, gathered });
         }
-        agree(&*collective, &params, &partition)?;
+        agree(&*collective, &params, &partition, room)?;
         let engine = Engine { stages: built, collective, trace: trace.clone(), collectives: 0 };
         Ok(Self {
             rope: RopeTable::new(params.config()),
@@ -378,26 +379,38 @@ fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
     )
 }
 
-/// All members of a group must have the same checkpoint and the same partition, or their sums mean nothing.
-fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition) -> Result<()> {
+/// All members of a group must have the same checkpoint, partition and room, or their sums mean nothing. All see all, so that where
+/// one differs none goes on to wait for it.
+fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, room: Room) -> Result<()> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     params.fingerprint().hash(&mut hasher);
-    format!("{partition:?}").hash(&mut hasher);
-    let mine = hasher.finish().to_le_bytes();
-    let mut first = mine;
-    collective.broadcast(0, &mut first)?;
-    if first == mine {
-        return Ok(());
+    format!("{partition:?} {room:?}").hash(&mut hasher);
+    // 16 bits are exact in an f32.
+    let mine: Vec<f32> = hasher.finish().to_le_bytes().chunks(2).map(|b| f32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
+    let mut all = vec![0.0; mine.len() * collective.size()];
+    collective.all_gather(&mine, &vec![mine.len(); collective.size()], &mut all)?;
+    match all.chunks(mine.len()).position(|member| member != mine) {
+        None => Ok(()),
+        Some(other) => {
+            let rank = collective.rank();
+            Err(Error::Collective(format!(
+                "ranks {rank} and {other} differ in their checkpoint, their partition or the room of their cache"
+            )))
+        }
     }
-    Err(Error::Collective(format!("rank {} has another checkpoint or another partition than rank 0", collective.rank())))
 }
 
 /// Runs `f`; with `debug`, what it reports through `tracing` goes to stderr where the program installed no subscriber of its own.
 fn reporting<T>(debug: bool, f: impl FnOnce() -> T) -> T {
-    if !debug || tracing::dispatcher::has_been_set() {
+    use tracing::{Dispatch, dispatcher, subscriber::NoSubscriber};
+    static TO_STDERR: OnceLock<Dispatch> = OnceLock::new();
+    if !debug || !dispatcher::get_default(Dispatch::is::<NoSubscriber>) {
         return f();
     }
-    let to_stderr = tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_writer(std::io::stderr).finish();
-    tracing::subscriber::with_default(to_stderr, f)
+    let to_stderr = TO_STDERR.get_or_init(|| {
+        let is_terminal = std::io::stderr().is_terminal();
+        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(is_terminal).with_writer(std::io::stderr).finish().into()
+    });
+    dispatcher::with_default(to_stderr, f)
 }

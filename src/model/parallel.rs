@@ -44,7 +44,8 @@ impl TensorParallelMistral {
         Self::load_grid(params, ParallelConfig::default(), devices)
     }
 
-    /// Loads a grid: the list is cut into `config`'s stages (by default one), a rank a device. `config`'s shares weight the ranks.
+    /// Loads a grid: the list is cut into `config`'s stages (by default one), a rank a device. `config`'s shares weight the ranks; the
+    /// list, and not `config.tensor`, says how many there are.
     ///
     /// # Errors
     /// As [`Self::load_on_gpus`]; a list that the stages don't divide; shares that don't fit.
@@ -121,20 +122,20 @@ impl TensorParallelMistral {
         self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// [`Self::forward`] without the panic. After an error the state is as before.
+    /// [`Self::forward`] without the panic. After an error the state is as before. `debug` reports each step to stderr.
     ///
     /// # Errors
     /// A token outside the vocabulary, a full context or cache, a state of another checkpoint, a lost device.
-    pub fn try_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.step(state, &[token], false)
+    pub fn try_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
+        self.step(state, &[token], debug)
     }
 
     /// [`Self::fast_forward`] without the panic.
     ///
     /// # Errors
     /// As [`Self::try_forward`].
-    pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.step(state, &[token], false)
+    pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
+        self.step(state, &[token], debug)
     }
 
     /// Computes a whole prompt in chunks; the logits of its last token land in the state. The numerics of [`Self::forward`].
@@ -269,7 +270,7 @@ mod tests {
         let mut state = InferenceState::new(model.config());
         model.prefill(&mut state, &[1, 2, 3]).unwrap();
         let before = bits(state.logits());
-        assert!(matches!(model.try_forward(&mut state, 300), Err(Error::TokenOutOfRange { token: 300, vocab_size: 300 })));
+        assert!(matches!(model.try_forward(&mut state, 300, false), Err(Error::TokenOutOfRange { token: 300, vocab_size: 300 })));
         assert_eq!((bits(state.logits()), state.position()), (before, 3));
         let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| model.forward(&mut state, 300, false)));
         assert!(panic.unwrap_err().downcast_ref::<String>().unwrap().contains("token 300"));

@@ -6,6 +6,9 @@ use crate::error::{Error, Result};
 use crate::kernels::parallel::WorkDistributionConfig;
 use crate::partition::{Partition, TensorParallelConfig};
 
+/// More threads than any machine has use for: starting them would take longer than computing.
+const MOST_THREADS: usize = 1024;
+
 /// How a model runs: the grid of stages x ranks, the pipeline over its stages, and the threads of its CPU ranks.
 ///
 /// Whatever the configuration, products are cut adaptively and heads run in parallel.
@@ -111,9 +114,14 @@ impl ParallelConfig {
         Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
         let counts =
             [("num_micro_batches", Some(self.pipeline.num_micro_batches)), ("threads", self.threads), ("kv_positions", self.kv_positions)];
-        match counts.into_iter().find(|(_, count)| *count == Some(0)) {
-            Some((option, _)) => Err(Error::Option { option, value: "0".into(), right: "at least 1 is needed" }),
-            None => Ok(()),
+        if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {
+            return Err(Error::Option { option, value: "0".into(), right: "at least 1 is needed" });
+        }
+        match self.threads {
+            Some(threads) if threads > MOST_THREADS => {
+                Err(Error::Option { option: "threads", value: threads.to_string(), right: "at most 1024 are started" })
+            }
+            _ => Ok(()),
         }
     }
 }
@@ -178,6 +186,7 @@ mod tests {
             (tensor(2, 0).with_shares(vec![1.0, 0.0]), "[1.0, 0.0] do not fit 2 ranks"),
             (ParallelConfig::pipeline(0), "num_micro_batches 0"),
             (ParallelConfig::default().threads(0), "threads 0"),
+            (ParallelConfig::default().threads(1025), "threads 1025"),
             (ParallelConfig::default().kv_positions(0), "kv_positions 0"),
         ] {
             let message = bad.validate(&model).expect_err(words).to_string();

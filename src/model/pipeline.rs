@@ -36,7 +36,6 @@ pub struct PipelineState {
 
 impl PipelineState {
     /// An empty pipeline of `num_stages` stages that holds at most `max_depth` items. Zero counts as one in both.
-    #[must_use]
     pub fn new(num_stages: usize, max_depth: usize) -> Self {
         Self { num_stages: num_stages.max(1), max_depth: max_depth.max(1), in_flight: VecDeque::new(), popped: 0 }
     }

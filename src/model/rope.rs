@@ -9,10 +9,13 @@ pub(crate) struct RopeTable {
 }
 
 impl RopeTable {
-    /// theta^(-2i / head_dim), rounded to f32 as transformers does.
+    /// theta^(-2i / head_dim); the exponent, the power and its reciprocal are f32 each, as transformers has them.
     pub(crate) fn new(config: &Config) -> Self {
-        let (theta, dim) = (f64::from(config.rope_theta), config.head_dim as f64);
-        Self { frequencies: (0..config.head_dim / 2).map(|i| (1.0 / theta.powf(2.0 * i as f64 / dim)) as f32).collect() }
+        let power = |i: usize| {
+            let exponent = (2 * i) as f32 / config.head_dim as f32;
+            f64::from(config.rope_theta).powf(f64::from(exponent)) as f32
+        };
+        Self { frequencies: (0..config.head_dim / 2).map(|i| 1.0 / power(i)).collect() }
     }
 
     /// `[rows, 2, head_dim / 2]`: of each row the cosines, then the sines. The angle itself is an f32.

@@ -78,6 +78,9 @@ impl InferenceState {
         self.tokens.truncate(n);
         self.logits.clear();
         let seen = self.first_seen(n);
+        if n == 0 {
+            self.checkpoint = None;
+        }
         if n == 0 || self.lease.as_mut().is_some_and(|lease| !lease.truncate(n, seen)) {
             self.lease = None;
         }

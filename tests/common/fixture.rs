@@ -68,7 +68,7 @@ pub fn greedy(model: &TensorParallelMistral, state: &mut InferenceState, n: usiz
     while out.len() < n {
         let token = argmax(state.logits());
         out.push(token);
-        model.try_forward(state, token)?;
+        model.try_forward(state, token, false)?;
     }
     Ok(out)
 }

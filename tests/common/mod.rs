@@ -6,6 +6,7 @@ pub mod reference;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -186,8 +187,21 @@ pub fn at_least(n: usize) -> Vec<torchless::Device> {
     if gpus.len() >= n {
         return gpus;
     }
-    let missing = format!("gpu:{} is missing: {} adapters were found, {n} are needed", gpus.len(), gpus.len());
-    assert!(std::env::var("TORCHLESS_REQUIRE_GPU").map_or(true, |v| v != "1"), "TORCHLESS_REQUIRE_GPU=1, but {missing}");
-    eprintln!("SKIPPED: {missing}");
+    skip(&format!("gpu:{} is missing: {} adapters were found, {n} are needed", gpus.len(), gpus.len()));
     Vec::new()
+}
+
+/// Says that the test at hand is skipped, and why, even where output is captured. With `TORCHLESS_REQUIRE_GPU=1` (CI) it fails instead,
+/// unless the build has no feature `gpu`.
+pub fn skip(why: &str) {
+    let required = cfg!(feature = "gpu") && std::env::var("TORCHLESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
+    assert!(!required, "TORCHLESS_REQUIRE_GPU=1, but {why}");
+    say_skipped(why);
+}
+
+/// [`skip`] for what is never required.
+pub fn say_skipped(why: &str) {
+    let thread = std::thread::current();
+    // The print macros are captured; writing to the stream is not.
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {}: {why}", thread.name().unwrap_or("a test"));
 }

@@ -29,19 +29,17 @@ pub(crate) fn adapters() -> &'static [Arc<Adapter>] {
 
 fn enumerate() -> Vec<Arc<Adapter>> {
     // Without validation layers, which debug builds would get; WGPU_VALIDATION and its like still turn them on.
-    let list = |flags: wgpu::InstanceFlags| {
+    let list = async |flags: wgpu::InstanceFlags| {
         let instance = wgpu::Instance::new(wgpu::InstanceDescriptor {
             flags: flags.with_env(),
             ..wgpu::InstanceDescriptor::new_without_display_handle()
         });
-        pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()))
+        instance.enumerate_adapters(wgpu::Backends::all()).await
     };
-    let all = list(wgpu::InstanceFlags::ALLOW_UNDERLYING_NONCOMPLIANT_ADAPTER);
-    if all.is_empty() {
-        return Vec::new();
-    }
     // wgpu doesn't say which adapters conform; it leaves the others out unless asked.
-    let mut conformant: Vec<AdapterInfo> = list(wgpu::InstanceFlags::empty()).iter().map(wgpu::Adapter::get_info).collect();
+    let lists = futures::future::join(list(wgpu::InstanceFlags::ALLOW_UNDERLYING_NONCOMPLIANT_ADAPTER), list(wgpu::InstanceFlags::empty()));
+    let (all, conformant) = pollster::block_on(lists);
+    let mut conformant: Vec<AdapterInfo> = conformant.iter().map(wgpu::Adapter::get_info).collect();
     let infos: Vec<AdapterInfo> = all.iter().map(wgpu::Adapter::get_info).collect();
     let conforms: Vec<bool> =
         infos.iter().map(|info| conformant.iter().position(|c| c == info).map(|i| conformant.swap_remove(i)).is_some()).collect();

@@ -1,6 +1,7 @@
 //! What the tests share: adapters, small models of a few ops, and their numbers.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
@@ -29,7 +30,9 @@ pub(super) fn gpus_named(name: &str) -> Vec<Device> {
     if gpus.is_empty() {
         let required = std::env::var("TORCHLESS_REQUIRE_GPU").is_ok_and(|v| v == "1");
         assert!(!required, "TORCHLESS_REQUIRE_GPU=1, but there is no adapter {name:?}");
-        eprintln!("SKIPPED: no adapter {name:?} was found");
+        let thread = std::thread::current();
+        // The print macros are captured; writing to the stream is not.
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {}: no adapter {name:?} was found", thread.name().unwrap_or("a test"));
     }
     gpus
 }
