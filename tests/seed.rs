@@ -41,8 +41,10 @@ fn work_stealing_stats() {
     println!("Tasks created: {}", stats.tasks_created.load(Ordering::Relaxed));
     println!("Steal ratio: {:.1}%", stats.steal_ratio() * 100.0);
 
-    assert_eq!(stats.tasks_created.load(Ordering::Relaxed), 8);
-    assert_eq!(stats.local_tasks.load(Ordering::Relaxed) + stats.stolen_tasks.load(Ordering::Relaxed), 8);
+    // 64 rows in chunks of at most 8; one more where the output doesn't begin at a cache line.
+    let created = stats.tasks_created.load(Ordering::Relaxed);
+    assert!((8..=9).contains(&created), "{created}");
+    assert_eq!(stats.local_tasks.load(Ordering::Relaxed) + stats.stolen_tasks.load(Ordering::Relaxed), created);
 }
 
 #[test]

@@ -3,6 +3,7 @@
 pub(crate) mod engine;
 pub(crate) mod grid;
 pub(crate) mod kv;
+pub(crate) mod layout;
 pub(crate) mod mistral;
 pub(crate) mod parallel;
 pub(crate) mod parallel_config;

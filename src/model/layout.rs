@@ -1,0 +1,144 @@
+//! Where everything will be: the ranks of a grid on devices, known before anything is loaded.
+
+use std::ops::Range;
+
+use crate::backend::Assignment;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::kernels::matrix::Matrix;
+use crate::model::mistral;
+use crate::model::parallel_config::ParallelConfig;
+use crate::params::Parameters;
+use crate::partition::{Partition, RankPartition};
+use crate::plan::Plan;
+
+/// One rank of a loaded (or planned) grid: where it is and what it owns.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct RankInfo {
+    /// Its stage.
+    pub stage: usize,
+    /// Its number within the stage.
+    pub rank: usize,
+    /// The device that it is on.
+    pub device: String,
+    /// The layers of its stage.
+    pub layers: Range<usize>,
+    /// Its part of each.
+    pub partition: RankPartition,
+    /// Bytes of its weights as stored.
+    pub weight_bytes: u64,
+}
+
+/// What a grid will do, known before anything is loaded.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct PlanSummary {
+    /// Every rank of every stage.
+    pub ranks: Vec<RankInfo>,
+    /// Ops of the plan that compute one token.
+    pub ops_per_token: usize,
+    /// Segments launched for one token, over all places.
+    pub submissions_per_token: usize,
+    /// All-reduces and gathers through the host for one token.
+    pub collectives_per_token: usize,
+    /// Bytes of weights read for one token, by all ranks together.
+    pub weight_bytes_per_token: u64,
+}
+
+/// A stage as it will be: its plan, and which ranks live together.
+pub(super) struct Layout {
+    pub plan: Plan,
+    /// A place each: its device and its ranks.
+    pub groups: Vec<(Device, Vec<usize>)>,
+}
+
+/// Lays a model out over devices: `devices` are those of `local` ranks, stage after stage.
+pub(super) fn lay_out(params: &Parameters, partition: &Partition, local: &[usize], devices: &[Device], group_size: usize) -> Vec<Layout> {
+    let by_stage = devices.chunks(local.len());
+    partition
+        .stages
+        .iter()
+        .zip(by_stage)
+        .map(|(stage, devices)| {
+            let mut groups: Vec<(Device, Vec<usize>)> = Vec::new();
+            for (&rank, device) in local.iter().zip(devices) {
+                match groups.iter_mut().find(|(d, _)| d.shares_place_with(device)) {
+                    Some((_, ranks)) => ranks.push(rank),
+                    None => groups.push((device.clone(), vec![rank])),
+                }
+            }
+            let cut = groups.len() > 1 || group_size > 1;
+            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups }
+        })
+        .collect()
+}
+
+impl Layout {
+    /// Every place with what it is made of.
+    pub(super) fn assignments<'a>(
+        &'a self,
+        stage: usize,
+        params: &'a Parameters,
+        partition: &'a Partition,
+        tensor: &'a dyn Fn(&str) -> Result<Matrix>,
+    ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
+        self.groups.iter().map(move |(device, ranks)| {
+            let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
+            (device, Assignment { stage, ranks: ranks.clone(), plan, config, partition, tensor })
+        })
+    }
+}
+
+/// Every rank with the bytes of its weights, read off the checkpoint's headers.
+pub(super) fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[Layout]) -> Result<Vec<RankInfo>> {
+    let tensor = |name: &str| params.tensor(name);
+    let mut infos = Vec::new();
+    for (stage, layout) in layouts.iter().enumerate() {
+        for (device, assignment) in layout.assignments(stage, params, partition, &tensor) {
+            for &rank in &assignment.ranks {
+                let weights = (0..layout.plan.weights.len()).map(|i| assignment.weight(crate::plan::Weight(i), rank));
+                let weight_bytes = weights.map(|m| m.map(|m| m.bytes() as u64)).sum::<Result<u64>>()?;
+                let (layers, partition) = (assignment.partition.layers.clone(), assignment.partition.ranks[rank].clone());
+                infos.push(RankInfo { stage, rank, device: device.label(), layers, partition, weight_bytes });
+            }
+        }
+    }
+    infos.sort_by_key(|info| (info.stage, info.rank));
+    Ok(infos)
+}
+
+/// Ranks of each stage where the device list is cut into equal groups, one a stage.
+///
+/// # Errors
+/// An empty list, or one that the stages don't divide.
+pub(super) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> {
+    if n_devices == 0 {
+        return Err(Error::NoDevices);
+    }
+    if stages == 0 || !n_devices.is_multiple_of(stages) {
+        let right = "give every stage as many devices as the others".to_owned();
+        return Err(Error::Stages { stages, what: format!("{n_devices} devices"), right });
+    }
+    Ok(n_devices / stages)
+}
+
+/// What loading `params` onto `devices` will do, without loading anything. The list is cut into equal groups, one a stage.
+///
+/// # Errors
+/// What makes the grid impossible: see [`Partition::new`].
+pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
+    let stages = config.stages.unwrap_or(1);
+    let world = ranks_per_stage(devices.len(), stages)?;
+    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+    let local: Vec<usize> = (0..world).collect();
+    let layouts = lay_out(params, &partition, &local, devices, 1);
+    let ranks = rank_infos(params, &partition, &layouts)?;
+    Ok(PlanSummary {
+        ops_per_token: layouts.iter().map(|l| l.plan.ops.len()).sum(),
+        submissions_per_token: layouts.iter().map(|l| l.plan.segments.len() * l.groups.len()).sum(),
+        collectives_per_token: layouts.iter().map(|l| l.plan.collectives()).sum(),
+        weight_bytes_per_token: ranks.iter().map(|r| r.weight_bytes).sum(),
+        ranks,
+    })
+}
