@@ -33,7 +33,7 @@ pub struct GridArgs {
     #[arg(long, value_name = "T")]
     pub threads: Option<NonZeroUsize>,
 
-    /// Positions that the KV cache may hold; by default as many as the call can need
+    /// Positions that the KV cache may hold, rounded up to whole pages of 64 (f32) or 128 (f16); by default as many as the call can need
     #[arg(long, value_name = "N")]
     pub context: Option<NonZeroUsize>,
 

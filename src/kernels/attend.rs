@@ -1,6 +1,7 @@
 //! Attention over paged keys and values, a query head at a time.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::backend::{BLOCK, KvType};
 
@@ -17,6 +18,18 @@ impl KvShape {
     /// Words of the keys (or of the values) of one layer of one rank in a page.
     pub(crate) fn words(self) -> usize {
         self.kv_heads * BLOCK * self.head_dim
+    }
+
+    /// The vector from element `at` of a page: where it lies in f32, otherwise converted into `widened`.
+    fn vector<'a>(self, page: &'a [u32], at: usize, widened: &'a mut [f32]) -> &'a [f32] {
+        match self.kv {
+            KvType::F32 => &bytemuck::cast_slice(page)[at..at + self.head_dim],
+            KvType::F16 => {
+                let half: &[f16] = &bytemuck::cast_slice(page)[at..at + self.head_dim];
+                half.convert_to_f32_slice(widened);
+                widened
+            }
+        }
     }
 
     /// First element of the vector of `head` at a position of the page.
@@ -55,9 +68,10 @@ pub(crate) fn attend<'p>(
 ) {
     let scale = 1.0 / (shape.head_dim as f32).sqrt();
     let page_len = shape.kv.page_len();
+    let mut widened = vec![0.0; shape.head_dim];
     let score = |position: usize| {
         let (keys, _) = page(position / page_len);
-        scale * dot(shape.kv, keys, shape.element(head, position % page_len), q)
+        scale * dot(shape.vector(keys, shape.element(head, position % page_len), &mut widened), q)
     };
     let scores: Vec<f32> = (from..=to).map(score).collect();
     let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -73,7 +87,8 @@ pub(crate) fn attend<'p>(
             block += weight;
             let at = shape.element(head, p % page_len);
             let (_, values) = page(p / page_len);
-            accumulate(shape.kv, values, at, weight, y);
+            let value = shape.vector(values, at, &mut widened);
+            y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v);
         }
         sum += block;
         position = end + 1;
@@ -81,44 +96,19 @@ pub(crate) fn attend<'p>(
     y.iter_mut().for_each(|y| *y /= sum);
 }
 
-fn dot(kv: KvType, words: &[u32], at: usize, q: &[f32]) -> f32 {
-    // Eight sums, which the compiler turns into one vector.
-    fn sums(q: &[f32], key: impl Fn(usize) -> f32) -> f32 {
-        let mut sum = [0.0f32; 8];
-        let whole = q.len() - q.len() % 8;
-        for i in (0..whole).step_by(8) {
-            for l in 0..8 {
-                sum[l] += q[i + l] * key(i + l);
-            }
-        }
-        for i in whole..q.len() {
-            sum[i - whole] += q[i] * key(i);
-        }
-        (sum[0] + sum[4]) + (sum[1] + sum[5]) + ((sum[2] + sum[6]) + (sum[3] + sum[7]))
-    }
-    match kv {
-        KvType::F32 => {
-            let key = &bytemuck::cast_slice::<u32, f32>(words)[at..at + q.len()];
-            sums(q, |i| key[i])
-        }
-        KvType::F16 => {
-            let key = &bytemuck::cast_slice::<u32, f16>(words)[at..at + q.len()];
-            sums(q, |i| key[i].to_f32())
+/// `key . q`, in eight sums, which the compiler turns into one vector.
+fn dot(key: &[f32], q: &[f32]) -> f32 {
+    let mut sum = [0.0f32; 8];
+    let whole = q.len() - q.len() % 8;
+    for i in (0..whole).step_by(8) {
+        for l in 0..8 {
+            sum[l] += q[i + l] * key[i + l];
         }
     }
-}
-
-fn accumulate(kv: KvType, words: &[u32], at: usize, weight: f32, y: &mut [f32]) {
-    match kv {
-        KvType::F32 => {
-            let value = &bytemuck::cast_slice::<u32, f32>(words)[at..at + y.len()];
-            y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v);
-        }
-        KvType::F16 => {
-            let value = &bytemuck::cast_slice::<u32, f16>(words)[at..at + y.len()];
-            y.iter_mut().zip(value).for_each(|(y, v)| *y += weight * v.to_f32());
-        }
+    for i in whole..q.len() {
+        sum[i - whole] += q[i] * key[i];
     }
+    (sum[0] + sum[4]) + (sum[1] + sum[5]) + ((sum[2] + sum[6]) + (sum[3] + sum[7]))
 }
 
 #[cfg(test)]
