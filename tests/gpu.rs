@@ -58,6 +58,10 @@ fn every_pair_of_adapters_runs_and_all_of_them_with_the_cpu() {
             check("gqa-headdim", vec![a.clone(), b.clone()], &ParallelConfig::default());
         }
     }
+    // The first pair runs the others too.
+    for name in fixture::ALL {
+        check(name, gpus[..2].to_vec(), &ParallelConfig::default());
+    }
     let all: Vec<Device> = gpus.into_iter().chain([Device::cpu()]).take(9).collect();
     check("uneven", all, &ParallelConfig::default());
 }
