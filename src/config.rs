@@ -43,6 +43,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// The first position that a row at `position` sees.
+    pub(crate) fn first_seen(&self, position: usize) -> usize {
+        self.sliding_window.map_or(0, |w| (position + 1).saturating_sub(w))
+    }
+
     /// Reads and checks a `config.json` of model type `mistral` or `llama`, as any version of transformers writes it.
     ///
     /// What has no default here must be there; the defaults are those of transformers. Its `dtype` is not read:

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts, Room};
+use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts};
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernels::attend::{KvShape, attend, store_kv};
@@ -14,7 +14,7 @@ use crate::kernels::parallel::WorkDistributionConfig;
 use crate::kernels::pool::{self, Pool, Scatter, for_each};
 use crate::kernels::{self};
 use crate::partition::{Dim, RankPartition};
-use crate::plan::{Buf, Op, Plan, RowParallel, Rows, SegmentId, WeightShape};
+use crate::plan::{Buf, Op, Plan, RowParallel, SegmentId, WeightShape};
 
 /// Below this many multiplications an op is not worth spreading over threads.
 const SMALL: usize = 1 << 15;
@@ -110,11 +110,6 @@ impl CpuPlace {
         Ok(place)
     }
 
-    /// The CPU takes what is wanted: activations and pages grow as they are used.
-    pub(crate) fn room(want: Room) -> Room {
-        want
-    }
-
     fn kv_shape(&self, rank: usize, batch: &Batch) -> KvShape {
         KvShape { kv: batch.kv, kv_heads: self.parts[rank].kv_heads.len(), head_dim: self.config.head_dim }
     }
@@ -136,7 +131,7 @@ impl CpuPlace {
     fn size_buffers(&mut self, batch: &Batch) {
         for (spec, bufs) in self.plan.bufs.iter().zip(&mut self.bufs) {
             for buf in bufs {
-                buf.data.resize(rows_of(spec.rows, batch) * buf.width, 0.0);
+                buf.data.resize(spec.rows.of(batch) * buf.width, 0.0);
             }
         }
     }
@@ -160,7 +155,7 @@ impl CpuPlace {
             Op::Linear { x, y, weight, strategy } => {
                 let mut out = self.take(y);
                 let sum = strategy == RowParallel;
-                let n = rows_of(self.plan.bufs[x.0].rows, batch);
+                let n = self.plan.bufs[x.0].rows.of(batch);
                 self.linear(n, &self.bufs[x.0], &self.weights[weight.0], sum, &mut out);
                 self.bufs[y.0] = out;
             }
@@ -273,7 +268,7 @@ impl CpuPlace {
             let at = self.kv_offset(rank, layer);
             let place = row * part.heads.len() * head_dim + head * head_dim;
             let to = batch.rows[row].pos as usize;
-            let from = self.config.sliding_window.map_or(0, |w| (to + 1).saturating_sub(w));
+            let from = self.config.first_seen(to);
             let seq = &batch.seqs[batch.rows[row].seq as usize];
             let page = |i: usize| {
                 let page = seq.pages[i - seq.first_page as usize] as usize;
@@ -342,13 +337,6 @@ impl Place for CpuPlace {
             Held::Matrix(m) => m.bytes() as u64,
         };
         (0..self.ranks.len()).map(|rank| self.weights.iter().map(|by_rank| bytes(&by_rank[rank])).sum()).collect()
-    }
-}
-
-fn rows_of(rows: Rows, batch: &Batch) -> usize {
-    match rows {
-        Rows::All => batch.rows.len(),
-        Rows::Wanted => batch.wanted.len(),
     }
 }
 

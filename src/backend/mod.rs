@@ -12,7 +12,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::matrix::Matrix;
 use crate::partition::StagePartition;
-use crate::plan::{Plan, SegmentId, Weight, WeightShape};
+use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
 pub(crate) mod cpu;
 
@@ -70,6 +70,16 @@ pub(crate) struct Batch {
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,
     pub kv: KvType,
+}
+
+impl Rows {
+    /// How many a batch has.
+    pub(crate) fn of(self, batch: &Batch) -> usize {
+        match self {
+            Self::All => batch.rows.len(),
+            Self::Wanted => batch.wanted.len(),
+        }
+    }
 }
 
 /// Most rows, wanted rows and pages that a place can take.
@@ -166,7 +176,8 @@ pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> 
         return wgpu::GpuPlace::room(device, assignment, want);
     }
     let _ = (device, assignment);
-    Ok(CpuPlace::room(want))
+    // The CPU takes what is wanted: activations and pages grow as they are used.
+    Ok(want)
 }
 
 /// Opens `device` and loads its assignment.

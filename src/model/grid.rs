@@ -160,7 +160,7 @@ impl Grid {
             }
             Err(e) => {
                 state.tokens.truncate(before);
-                let seen = state.first_seen(before);
+                let seen = state.config.first_seen(before);
                 state.lease = lease.truncate(before, seen).then_some(lease);
                 Err(e)
             }
@@ -196,7 +196,7 @@ impl Grid {
             };
             let embedded = self.embed(&tokens[start..end]);
             logits.extend(self.driver.call(move |engine| reporting(how.debug, || engine.run(&batch, embedded)))??);
-            lease.commit(end, state.first_seen(end));
+            lease.commit(end, state.config.first_seen(end));
         }
         Ok(logits)
     }

@@ -77,17 +77,12 @@ impl InferenceState {
         }
         self.tokens.truncate(n);
         self.logits.clear();
-        let seen = self.first_seen(n);
+        let seen = self.config.first_seen(n);
         if n == 0 {
             self.checkpoint = None;
         }
         if n == 0 || self.lease.as_mut().is_some_and(|lease| !lease.truncate(n, seen)) {
             self.lease = None;
         }
-    }
-
-    /// The first position that a row at `position` sees.
-    pub(crate) fn first_seen(&self, position: usize) -> usize {
-        self.config.sliding_window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
 }

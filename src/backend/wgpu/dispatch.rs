@@ -23,16 +23,6 @@ pub(super) struct Dispatch {
     pub bind: wgpu::BindGroup,
 }
 
-impl Rows {
-    /// How many a batch has.
-    pub(super) fn of(self, batch: &Batch) -> usize {
-        match self {
-            Self::All => batch.rows.len(),
-            Self::Wanted => batch.wanted.len(),
-        }
-    }
-}
-
 impl Dispatch {
     /// Encodes it, unless the batch has none of its rows. Answers whether it did.
     ///
