@@ -74,7 +74,7 @@ pub(crate) enum Op {
     TakeRows { x: Buf, y: Buf },
 }
 
-/// A run of ops that needs nothing from other places until it ends.
+/// A run of ops that needs nothing from other places until it ends. The engine runs a plan's segments in order.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub(crate) struct Segment {
     pub ops: Range<usize>,
@@ -82,19 +82,20 @@ pub(crate) struct Segment {
     pub write: Option<Buf>,
     /// Read by the host after them; the copy-out rides in the same submission.
     pub read: Option<Buf>,
+    /// What becomes of what was read.
+    pub exchange: Exchange,
 }
 
-/// What the engine does, in order.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// Launch the segment on every place of the stage.
-    Run(SegmentId),
-    /// Sum what the segment read over all places and processes; the next segment writes it.
-    AllReduce(Buf),
-    /// Concatenate what it read, by ranks.
-    AllGather(Buf),
-    /// Take it from the first place: every place has the same.
-    Pass(Buf),
+/// How the places of a stage talk when a segment has ended.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Exchange {
+    /// Sum what was read over all places and processes; the next segment writes it.
+    AllReduce,
+    /// Concatenate what was read, by ranks.
+    AllGather,
+    /// Take it from the first place, for the next stage: every place has the same.
+    #[default]
+    Pass,
 }
 
 /// What one stage does for a batch of rows.
@@ -104,7 +105,6 @@ pub(crate) struct Plan {
     pub weights: Vec<WeightSpec>,
     pub ops: Vec<Op>,
     pub segments: Vec<Segment>,
-    pub steps: Vec<Step>,
     /// Layers of the stage: each has its own KV pages.
     pub layers: usize,
 }
@@ -114,9 +114,9 @@ impl Plan {
         &self.ops[self.segments[segment.0].ops.clone()]
     }
 
-    /// How many steps join the ranks.
+    /// How many exchanges join the ranks.
     pub(crate) fn collectives(&self) -> usize {
-        self.steps.iter().filter(|s| matches!(s, Step::AllReduce(_) | Step::AllGather(_))).count()
+        self.segments.iter().filter(|s| s.exchange != Exchange::Pass).count()
     }
 }
 
@@ -160,11 +160,10 @@ impl Recorder {
         self.open.ops.end = self.plan.ops.len();
     }
 
-    fn end_segment(&mut self, read: Buf) {
-        self.open.read = Some(read);
+    fn end_segment(&mut self, read: Buf, exchange: Exchange) {
         let next = Segment { ops: self.plan.ops.len()..self.plan.ops.len(), ..Segment::default() };
-        self.plan.segments.push(std::mem::replace(&mut self.open, next));
-        self.plan.steps.push(Step::Run(SegmentId(self.plan.segments.len() - 1)));
+        let ended = std::mem::replace(&mut self.open, next);
+        self.plan.segments.push(Segment { read: Some(read), exchange, ..ended });
     }
 
     /// The residual stream as the stage receives it from the host.
@@ -212,8 +211,7 @@ impl Recorder {
     /// Sums a row-parallel result over all ranks. A place sums its own; only a stage on several places is cut here.
     pub(crate) fn all_reduce(&mut self, y: Buf) {
         if self.cut {
-            self.end_segment(y);
-            self.plan.steps.push(Step::AllReduce(y));
+            self.end_segment(y, Exchange::AllReduce);
             self.open.write = Some(y);
         }
     }
@@ -230,15 +228,13 @@ impl Recorder {
 
     /// Ends the stage with its logits, gathered over ranks.
     pub(crate) fn all_gather(mut self, logits: Buf) -> Plan {
-        self.end_segment(logits);
-        self.plan.steps.push(Step::AllGather(logits));
+        self.end_segment(logits, Exchange::AllGather);
         self.plan
     }
 
     /// Ends the stage with its residual stream, for the next one.
     pub(crate) fn pass(mut self, x: Buf) -> Plan {
-        self.end_segment(x);
-        self.plan.steps.push(Step::Pass(x));
+        self.end_segment(x, Exchange::Pass);
         self.plan
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::backend::{Assignment, BLOCK, Batch, PageId, Place, PlaceCounts};
+use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts};
 use crate::config::Config;
 use crate::error::Result;
 use crate::kernels::attend::{KvShape, attend, store_kv};
@@ -298,13 +298,13 @@ impl Place for CpuPlace {
         false
     }
 
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()> {
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.make_pages(batch);
         self.size_buffers(batch);
         let segment_spec = self.plan.segments[segment.0].clone();
-        if let (Some(write), Some(input)) = (segment_spec.write, input) {
+        if let (Some(write), Flow::Host(input)) = (segment_spec.write, input) {
             self.bufs[write.0][0].data.copy_from_slice(input);
-            self.counts.bytes_written += size_of_val(input) as u64;
+            self.counts.bytes_written += size_of_val(&input[..]) as u64;
         }
         let ops = self.plan.ops_of(segment).to_vec();
         self.counts.ops += (ops.len() * self.parts.len()) as u64;

@@ -67,9 +67,18 @@ pub(crate) struct Batch {
     pub seqs: Vec<Seq>,
     /// Indices into `rows` of those whose logits are wanted, rising.
     pub wanted: Vec<u32>,
+    /// Pages to be copied, `[from, to]`, before anything else is done: a sequence that shares a page with another writes a copy of it.
+    pub copies: Vec<[PageId; 2]>,
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,
     pub kv: KvType,
+}
+
+/// The rows of a batch on their way into a stage and from one stage to the next: `[rows, width]`, no padding.
+#[derive(Debug)]
+pub(crate) enum Flow {
+    /// In the host's memory.
+    Host(Vec<f32>),
 }
 
 impl Rows {
@@ -127,8 +136,8 @@ pub(crate) trait Place: Send {
     /// Whether `launch` returns before the work is done. Those places are launched first.
     fn is_asynchronous(&self) -> bool;
 
-    /// Starts a segment: writes `input` (`[rows, width]`, no padding) to the segment's `write` buffer, runs the ops, copies `read` out.
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()>;
+    /// Starts a segment: writes `input` to the segment's `write` buffer, runs the ops, copies `read` out.
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()>;
 
     /// Whether the launch is done; waits for it no longer than `within`.
     fn poll(&mut self, within: Duration) -> Result<Poll<()>>;
@@ -136,6 +145,11 @@ pub(crate) trait Place: Send {
     /// What the segment read, once `poll` said ready: for each buffer of ranks in order, `[rows, width]` without padding.
     /// Of a shared buffer there is one part; of a sharded one, a part a rank, one behind the other.
     fn output(&mut self) -> Result<&[f32]>;
+
+    /// [`Self::output`] as the next stage takes it, where the segment ends its stage.
+    fn pass(&mut self) -> Result<Flow> {
+        self.output().map(|rows| Flow::Host(rows.to_vec()))
+    }
 
     /// What was done and is held since the place was made.
     fn counts(&self) -> PlaceCounts;
@@ -149,6 +163,9 @@ pub(crate) trait Place: Send {
 pub(crate) struct Assignment<'a> {
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // only errors of GPU places name it
     pub stage: usize,
+    /// Whether the next stage lives on this very device, with all its ranks: what is passed on need not leave it.
+    #[expect(dead_code)]
+    pub stays: bool,
     /// Ranks of the stage that live in this place, rising.
     pub ranks: Vec<usize>,
     pub plan: &'a Plan,

@@ -4,10 +4,10 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::backend::{Batch, Place, PlaceCounts};
+use crate::backend::{Batch, Flow, Place, PlaceCounts};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
-use crate::plan::{Plan, SegmentId, Step};
+use crate::plan::{Exchange, Plan, SegmentId};
 use crate::trace::{Category, Trace};
 
 /// A place that gives no answer for so long is taken for lost.
@@ -34,23 +34,32 @@ pub(crate) struct Engine {
 impl Engine {
     /// The logits of the wanted rows, `[wanted, vocab]`, from the embedded rows, `[rows, hidden]`.
     pub(crate) fn run(&mut self, batch: &Batch, embedded: Vec<f32>) -> Result<Vec<f32>> {
-        let mut flow = embedded;
+        let mut flow = Flow::Host(embedded);
         for stage in &mut self.stages {
-            for step in stage.plan.steps.clone() {
+            for segment in 0..stage.plan.segments.len() {
                 let start = Instant::now();
-                match step {
-                    Step::Run(segment) => stage.run(segment, batch, &flow, &self.trace)?,
-                    Step::AllReduce(_) => stage.all_reduce(&mut flow, batch, &*self.collective, &self.trace)?,
-                    Step::AllGather(_) => stage.all_gather(&mut flow, batch, &*self.collective, &self.trace)?,
-                    Step::Pass(_) => stage.pass(&mut flow, batch, &self.trace)?,
-                }
-                tracing::debug!(stage = stage.index, ?step, rows = batch.rows.len(), micros = start.elapsed().as_micros() as u64, "step");
-                if matches!(step, Step::AllReduce(_) | Step::AllGather(_)) {
+                stage.run(SegmentId(segment), batch, &flow, &self.trace)?;
+                let exchange = stage.plan.segments[segment].exchange;
+                flow = match exchange {
+                    Exchange::AllReduce => Flow::Host(stage.all_reduce(batch, &*self.collective, &self.trace)?),
+                    Exchange::AllGather => Flow::Host(stage.all_gather(batch, &*self.collective, &self.trace)?),
+                    Exchange::Pass => stage.pass(batch, &self.trace)?,
+                };
+                tracing::debug!(
+                    stage = stage.index,
+                    segment,
+                    ?exchange,
+                    rows = batch.rows.len(),
+                    micros = start.elapsed().as_micros() as u64,
+                    "step"
+                );
+                if exchange != Exchange::Pass {
                     self.collectives += 1;
                 }
             }
         }
-        Ok(flow)
+        let Flow::Host(logits) = flow;
+        Ok(logits)
     }
 
     pub(crate) fn counts(&self) -> Vec<PlaceCounts> {
@@ -60,7 +69,7 @@ impl Engine {
 
 impl Stage {
     /// Launches a segment on every place, those that return at once first, and waits for all.
-    fn run(&mut self, segment: SegmentId, batch: &Batch, input: &[f32], trace: &Trace) -> Result<()> {
+    fn run(&mut self, segment: SegmentId, batch: &Batch, input: &Flow, trace: &Trace) -> Result<()> {
         let index = self.index;
         let mut failed = None;
         let mut in_flight = Vec::new();
@@ -68,7 +77,7 @@ impl Stage {
         places.sort_by_key(|p| !p.is_asynchronous());
         for place in places {
             let start = Instant::now();
-            match place.launch(segment, batch, Some(input)) {
+            match place.launch(segment, batch, input) {
                 Ok(()) => {
                     let category = if place.is_asynchronous() { Category::Write } else { Category::Compute };
                     trace.span(index, place.ranks(), category, start, batch.number, batch.rows.len());
@@ -90,29 +99,23 @@ impl Stage {
         failed.map_or(Ok(()), Err)
     }
 
-    /// `flow` becomes the sum of what the places read, place after place, and then rank after rank of the group.
-    fn all_reduce(&mut self, flow: &mut Vec<f32>, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<()> {
+    /// The sum of what the places read, place after place, and then rank after rank of the group.
+    fn all_reduce(&mut self, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<Vec<f32>> {
         let parts = self.read(batch, trace)?;
         let start = Instant::now();
-        flow.clear();
-        for part in parts {
-            if flow.is_empty() {
-                flow.extend_from_slice(part);
-            } else {
-                crate::kernels::add(flow, part);
-            }
-        }
-        let mut all = vec![0.0; flow.len() * collective.size()];
-        collective.all_gather(flow, &vec![flow.len(); collective.size()], &mut all)?;
-        let n = flow.len();
-        flow.copy_from_slice(&all[..n]);
-        (1..collective.size()).for_each(|rank| crate::kernels::add(flow, &all[rank * n..(rank + 1) * n]));
+        let mut sum = parts[0].to_vec();
+        parts[1..].iter().for_each(|part| crate::kernels::add(&mut sum, part));
+        let n = sum.len();
+        let mut all = vec![0.0; n * collective.size()];
+        collective.all_gather(&sum, &vec![n; collective.size()], &mut all)?;
+        sum.copy_from_slice(&all[..n]);
+        (1..collective.size()).for_each(|rank| crate::kernels::add(&mut sum, &all[rank * n..(rank + 1) * n]));
         trace.span(self.index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
-        Ok(())
+        Ok(sum)
     }
 
-    /// `flow` becomes `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
-    fn all_gather(&mut self, flow: &mut Vec<f32>, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<()> {
+    /// `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
+    fn all_gather(&mut self, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<Vec<f32>> {
         let (index, rows, widths) = (self.index, batch.wanted.len(), self.gathered.clone());
         let ranks: Vec<Vec<usize>> = self.places.iter().map(|p| p.ranks().to_vec()).collect();
         let read = self.read(batch, trace)?;
@@ -132,24 +135,25 @@ impl Stage {
         let mut all = vec![0.0; counts.iter().sum()];
         collective.all_gather(&local, &counts, &mut all)?;
         let total: usize = widths.iter().sum();
-        flow.resize(rows * total, 0.0);
+        let mut gathered = vec![0.0; rows * total];
         let (mut from, mut column) = (0, 0);
         for width in widths {
             for row in 0..rows {
-                flow[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
+                gathered[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
             }
             from += rows * width;
             column += width;
         }
         trace.span(index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
-        Ok(())
+        Ok(gathered)
     }
 
-    /// `flow` becomes the residual stream, which every place has.
-    fn pass(&mut self, flow: &mut Vec<f32>, batch: &Batch, trace: &Trace) -> Result<()> {
-        flow.clear();
-        flow.extend_from_slice(read(self.places[0].as_mut(), self.index, batch, trace)?);
-        Ok(())
+    /// The residual stream, which every place has.
+    fn pass(&mut self, batch: &Batch, trace: &Trace) -> Result<Flow> {
+        let start = Instant::now();
+        let passed = self.places[0].pass()?;
+        trace.span(self.index, self.places[0].ranks(), Category::Read, start, batch.number, batch.rows.len());
+        Ok(passed)
     }
 
     /// What each place read, in order.

@@ -192,6 +192,7 @@ impl Grid {
                 rows,
                 seqs: vec![lease.seq().clone()],
                 wanted: wanted.map(|r| r as u32).collect(),
+                copies: Vec::new(),
                 kv: state.kv,
             };
             let embedded = self.embed(&tokens[start..end]);

@@ -51,12 +51,14 @@ pub(super) struct Layout {
     pub plan: Plan,
     /// A place each: its device and its ranks.
     pub groups: Vec<(Device, Vec<usize>)>,
+    /// Whether the next stage lives on this one's only device, with all its ranks.
+    pub stays: bool,
 }
 
 /// Lays a model out over devices: `devices` are those of `local` ranks, stage after stage.
 pub(super) fn lay_out(params: &Parameters, partition: &Partition, local: &[usize], devices: &[Device], group_size: usize) -> Vec<Layout> {
     let by_stage = devices.chunks(local.len());
-    partition
+    let mut layouts: Vec<Layout> = partition
         .stages
         .iter()
         .zip(by_stage)
@@ -69,9 +71,15 @@ pub(super) fn lay_out(params: &Parameters, partition: &Partition, local: &[usize
                 }
             }
             let cut = groups.len() > 1 || group_size > 1;
-            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups }
+            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false }
         })
-        .collect()
+        .collect();
+    for stage in 1..layouts.len() {
+        if let ([(this, _)], [(next, _)]) = (&layouts[stage - 1].groups[..], &layouts[stage].groups[..]) {
+            layouts[stage - 1].stays = this.shares_place_with(next);
+        }
+    }
+    layouts
 }
 
 impl Layout {
@@ -85,7 +93,7 @@ impl Layout {
     ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
         self.groups.iter().map(move |(device, ranks)| {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
-            (device, Assignment { stage, ranks: ranks.clone(), plan, config, partition, tensor })
+            (device, Assignment { stage, stays: self.stays, ranks: ranks.clone(), plan, config, partition, tensor })
         })
     }
 }

@@ -11,7 +11,7 @@ use super::lower::{Activation, Lowerer};
 use super::moment::Moment;
 use super::room::{self, Bounds};
 use super::shaders::Tuning;
-use crate::backend::{Assignment, Batch, Place, PlaceCounts, Room};
+use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
 use crate::device::Device;
 use crate::error::Result;
 use crate::plan::SegmentId;
@@ -181,13 +181,13 @@ impl Place for GpuPlace {
         true
     }
 
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: Option<&[f32]>) -> Result<()> {
+    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.gpu.check()?;
         if self.flight.take().is_some_and(|flight| flight.bytes > 0) {
             self.staging.unmap();
         }
         self.moment.write(&self.gpu, batch)?;
-        if let (Some(to), Some(input)) = (self.segments[segment.0].write.clone(), input) {
+        if let (Some(to), Flow::Host(input)) = (self.segments[segment.0].write.clone(), input) {
             self.write(&to, to.rows.of(batch), input)?;
         }
 

@@ -3,7 +3,7 @@
 use super::rig::{Model, Numbers, ROOM, gpus, gpus_named, matrix, run, try_run};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::gpu::{Gpu, Owner};
-use crate::backend::{Place, Room};
+use crate::backend::{Flow, Place, Room};
 use crate::device::Device;
 use crate::error::Error;
 use crate::kernels::matrix::DType;
@@ -43,7 +43,7 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
     for device in gpus() {
         let model = model(64, 64);
         let mut place = model.on(&device, ROOM).unwrap();
-        place.launch(SegmentId(0), &model.rows(1, 70), Some(&vec![1.0; 70 * 64])).unwrap();
+        place.launch(SegmentId(0), &model.rows(1, 70), &Flow::Host(vec![1.0; 70 * 64])).unwrap();
         place.destroy();
         let outcome = (0..100).find_map(|_| match place.poll(std::time::Duration::from_millis(50)) {
             Ok(std::task::Poll::Pending) => None,
@@ -138,7 +138,7 @@ fn a_launch_whose_output_nobody_took_is_replaced_by_the_next() {
         let model = model(8, 8);
         let mut place = model.on(&device, ROOM).unwrap();
         let expected = run(&mut place, &model.rows(1, 2), &[0.5; 16]);
-        place.launch(SegmentId(0), &model.rows(2, 2), Some(&[9.0; 16])).unwrap();
+        place.launch(SegmentId(0), &model.rows(2, 2), &Flow::Host(vec![9.0; 16])).unwrap();
         assert_eq!(run(&mut place, &model.rows(3, 2), &[0.5; 16]), expected, "{device}");
         let error = place.output().unwrap_err().to_string();
         assert!(error.contains("an output was asked for before there was one"), "{device}: {error}");

@@ -11,7 +11,7 @@ use memmap2::MmapMut;
 
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
-use crate::backend::{Assignment, Batch, KvType, Place, Room, Row, Seq};
+use crate::backend::{Assignment, Batch, Flow, KvType, Place, Room, Row, Seq};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
@@ -150,6 +150,7 @@ impl Model {
         let tensor = |name: &str| Ok(self.tensors[name].clone());
         with(Assignment {
             stage: 0,
+            stays: false,
             ranks: (0..self.partition.ranks.len()).collect(),
             plan: &self.plan,
             config: &self.config,
@@ -180,7 +181,7 @@ impl Model {
             (0..half).map(move |i| angle(i).cos() as f32).chain((0..half).map(move |i| angle(i).sin() as f32))
         });
         let rope = rope.collect();
-        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, rope, kv }
+        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, copies: Vec::new(), rope, kv }
     }
 }
 
@@ -192,7 +193,7 @@ pub(super) fn run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Vec<f32
 }
 
 pub(super) fn try_run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
-    place.launch(SegmentId(0), batch, Some(input))?;
+    place.launch(SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
     for _ in 0..60 {
         if let Poll::Ready(()) = place.poll(Duration::from_secs(1))? {
             return place.output().map(<[f32]>::to_vec);
