@@ -63,6 +63,10 @@ pub enum Error {
     #[error("the prompt is empty; at least one token is needed")]
     EmptyPrompt,
 
+    /// A batch with another number of tokens than of sequences.
+    #[error("a batch of {states} sequences was given {tokens} tokens; each sequence takes one")]
+    BatchSize { states: usize, tokens: usize },
+
     /// A token that the vocabulary doesn't have.
     #[error("token {token} does not exist: the vocabulary has {vocab_size} tokens, 0 to {}", vocab_size.saturating_sub(1))]
     TokenOutOfRange { token: u32, vocab_size: usize },

@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::model::parallel::TensorParallelMistral;
+use crate::model::parallel::ParallelMistral;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
 use crate::sampler::{Sampler, SamplerOptions};
@@ -47,7 +47,7 @@ pub trait Model: Send + Sync {
     fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()>;
 }
 
-impl Model for TensorParallelMistral {
+impl<By> Model for ParallelMistral<By> {
     fn config(&self) -> &Config {
         self.config()
     }
