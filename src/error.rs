@@ -111,6 +111,10 @@ pub enum Error {
     #[error("the group of processes cannot go on: {0}")]
     Collective(String),
 
+    /// A request that was handed in ended early.
+    #[error("the request ended early: {0}")]
+    Request(String),
+
     /// The thread that drives the model ended early; the model must be loaded again.
     #[error("the model's driver thread has ended: {0}")]
     DriverGone(String),

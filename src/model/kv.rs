@@ -37,7 +37,6 @@ impl PagePool {
     }
 
     /// Pages that there are.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn total(&self) -> usize {
         self.total
     }
@@ -48,16 +47,16 @@ impl PagePool {
     }
 
     /// Pages that nobody holds.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn free_pages(&self) -> usize {
         self.total - self.held()
     }
 
-    fn take(&self, wanted: usize, page_len: usize) -> Result<Vec<PageId>> {
+    fn take(&self, wanted: usize, page_len: usize, most: usize) -> Result<Vec<PageId>> {
         let mut pages = self.pages();
-        let free = self.total - pages.held();
+        let total = self.total.min(most);
+        let free = total.saturating_sub(pages.held());
         if wanted > free {
-            return Err(Error::CacheFull { wanted, free, total: self.total, page_len });
+            return Err(Error::CacheFull { wanted, free, total, page_len });
         }
         let take = |_| {
             let page = pages.returned.pop_first().unwrap_or_else(|| {
@@ -130,7 +129,6 @@ impl Lease {
     }
 
     /// What the batch that writes the reserved positions must copy first, `[from, to]` in order.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn copies(&self) -> &[[PageId; 2]] {
         &self.copies
     }
@@ -138,7 +136,6 @@ impl Lease {
     /// A lease of the first `n` positions, which shares the pages of those from `seen` on: what a row at `n` sees.
     ///
     /// `None` if they are not all stored, or a page of theirs was freed.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn fork(&self, n: usize, seen: usize) -> Option<Self> {
         if n > self.stored {
             return None;
@@ -157,11 +154,12 @@ impl Lease {
         Some(Self { pool: self.pool.clone(), kv: self.kv, seq, stored: n, copies: Vec::new() })
     }
 
-    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::copies`] are made.
+    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::copies`] are made. No more
+    /// than `most` pages of the pool are then held in all.
     ///
     /// # Errors
     /// [`Error::CacheFull`], and nothing has changed.
-    pub(crate) fn reserve(&mut self, end: usize) -> Result<()> {
+    pub(crate) fn reserve(&mut self, end: usize, most: usize) -> Result<()> {
         if end <= self.stored {
             return Ok(());
         }
@@ -171,7 +169,7 @@ impl Lease {
         let written = (self.stored / page_len).saturating_sub(first_page)..held.min(wanted);
         // Nobody else can come to share a page of this lease meanwhile: that takes the lease.
         let shared: Vec<usize> = written.filter(|&i| self.pool.is_shared(self.seq.pages[i])).collect();
-        let mut fresh = self.pool.take(shared.len() + wanted.saturating_sub(held), page_len)?;
+        let mut fresh = self.pool.take(shared.len() + wanted.saturating_sub(held), page_len, most)?;
         let added = fresh.split_off(shared.len());
         for (i, to) in shared.into_iter().zip(fresh) {
             let from = std::mem::replace(&mut self.seq.pages[i], to);

@@ -17,7 +17,7 @@ fn lease(pool: &Arc<PagePool>) -> Lease {
 
 /// Reserves up to `end`, as if a batch then wrote it.
 fn grow(lease: &mut Lease, end: usize) {
-    lease.reserve(end).unwrap();
+    lease.reserve(end, usize::MAX).unwrap();
     lease.commit(end, 0);
 }
 
@@ -34,9 +34,9 @@ fn a_fork_at_a_page_border_shares_pages_and_copies_none() {
     let mut fork = donor.fork(2 * PAGE, 0).unwrap();
     assert_eq!(fork.seq().pages, donor.seq().pages[..2]);
     assert_eq!((fork.stored(), pool.held(), pool.free_pages(), pool.total()), (2 * PAGE, 3, 1, 4));
-    fork.reserve(3 * PAGE).unwrap();
+    fork.reserve(3 * PAGE, usize::MAX).unwrap();
     assert!(fork.copies().is_empty());
-    donor.reserve(3 * PAGE).unwrap();
+    donor.reserve(3 * PAGE, usize::MAX).unwrap();
     assert!(donor.copies().is_empty());
     drop(donor);
     assert_eq!(pool.held(), 3, "what the fork holds stays");
@@ -49,13 +49,13 @@ fn the_first_to_write_a_shared_page_copies_it_and_the_last_writes_it_in_place() 
     let pool = pool(8);
     let mut donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
-    fork.reserve(71).unwrap();
+    fork.reserve(71, usize::MAX).unwrap();
     let [from, to] = fork.copies()[..].try_into().map(|[copy]: [_; 1]| copy).unwrap();
     assert_eq!((from, fork.seq().pages[1]), (donor.seq().pages[1], to));
     assert_ne!(from, to);
     fork.commit(71, 0);
     assert!(fork.copies().is_empty());
-    donor.reserve(71).unwrap();
+    donor.reserve(71, usize::MAX).unwrap();
     assert!(donor.copies().is_empty(), "nobody else holds it now");
     assert_eq!(pool.held(), 3);
 }
@@ -65,8 +65,8 @@ fn where_both_write_before_either_has_copied_both_copy_what_neither_writes() {
     let pool = pool(8);
     let mut donor = grown(&pool, 70);
     let mut fork = donor.fork(66, 0).unwrap();
-    fork.reserve(67).unwrap();
-    donor.reserve(71).unwrap();
+    fork.reserve(67, usize::MAX).unwrap();
+    donor.reserve(71, usize::MAX).unwrap();
     let (a, b) = (donor.copies()[0], fork.copies()[0]);
     assert!(a[0] == b[0] && a[1] != b[1] && a[0] != a[1] && a[0] != b[1]);
     assert_eq!(pool.held(), 4);
@@ -81,7 +81,7 @@ fn a_page_outlives_its_donor_until_it_is_copied() {
     let pool = pool(8);
     let donor = grown(&pool, 10);
     let mut fork = donor.fork(5, 0).unwrap();
-    fork.reserve(6).unwrap();
+    fork.reserve(6, usize::MAX).unwrap();
     let [from, to] = fork.copies()[0];
     drop(donor);
     let other = grown(&pool, PAGE);
@@ -95,7 +95,7 @@ fn a_fork_of_a_fork_shares_what_is_stored_and_not_what_is_still_to_be_copied() {
     let pool = pool(8);
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(69, 0).unwrap();
-    fork.reserve(70).unwrap();
+    fork.reserve(70, usize::MAX).unwrap();
     let second = fork.fork(68, 0).unwrap();
     assert_eq!(second.seq().pages, donor.seq().pages);
     drop((donor, fork));
@@ -108,7 +108,7 @@ fn a_truncated_lease_writes_no_page_that_a_fork_holds() {
     let mut donor = grown(&pool, 200);
     let fork = donor.fork(150, 0).unwrap();
     assert!(donor.truncate(100, 0));
-    donor.reserve(130).unwrap();
+    donor.reserve(130, usize::MAX).unwrap();
     assert_eq!(donor.copies(), [[fork.seq().pages[1], donor.seq().pages[1]]]);
     // Page 2 was given back, so that a fresh one took its place.
     assert_ne!(donor.seq().pages[2], fork.seq().pages[2]);
@@ -121,7 +121,7 @@ fn a_truncation_takes_copies_back_that_were_never_made() {
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
     let before = fork.seq().clone();
-    fork.reserve(300).unwrap();
+    fork.reserve(300, usize::MAX).unwrap();
     assert!(fork.truncate(70, 0));
     assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
 }
@@ -132,10 +132,10 @@ fn a_full_cache_changes_nothing() {
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
     let before = fork.seq().clone();
-    let error = fork.reserve(2 * PAGE + 1).unwrap_err();
+    let error = fork.reserve(2 * PAGE + 1, usize::MAX).unwrap_err();
     assert!(matches!(error, Error::CacheFull { wanted: 2, free: 1, total: 3, page_len: PAGE }), "{error}");
     assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
-    fork.reserve(2 * PAGE).unwrap();
+    fork.reserve(2 * PAGE, usize::MAX).unwrap();
     assert_eq!(fork.copies().len(), 1);
 }
 
@@ -143,7 +143,7 @@ fn a_full_cache_changes_nothing() {
 fn a_fork_needs_what_its_rows_see_and_no_more() {
     let pool = pool(8);
     let mut donor = lease(&pool);
-    donor.reserve(200).unwrap();
+    donor.reserve(200, usize::MAX).unwrap();
     donor.commit(200, 130);
     assert_eq!(pool.held(), 2);
     assert!(donor.fork(200, 127).is_none(), "page 1 was freed");
@@ -219,7 +219,7 @@ impl Model {
                 }
             }
             // A batch that fails, before or after it has written.
-            4 if self.sequences[which].lease.reserve(end).is_ok() => {
+            4 if self.sequences[which].lease.reserve(end, usize::MAX).is_ok() => {
                 if below(2) == 0 {
                     self.store(which, end);
                 }
@@ -230,7 +230,7 @@ impl Model {
             }
             _ => {
                 let before = (self.sequences[which].lease.seq().clone(), self.pool.held());
-                match self.sequences[which].lease.reserve(end) {
+                match self.sequences[which].lease.reserve(end, usize::MAX) {
                     Ok(()) => {
                         self.store(which, end);
                         let seen = self.seen(end);
