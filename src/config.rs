@@ -117,14 +117,24 @@ impl Config {
         self.n_kv_heads * self.head_dim
     }
 
+    /// Weights of a decoder layer, of which every layer has as many.
+    pub(crate) fn layer_elements(&self) -> u128 {
+        // Sizes have 32 bits, so this stays below 2^99.
+        let [hidden, channels, heads, kv_heads, head_dim] =
+            [self.hidden_size, self.intermediate_size, self.n_heads, self.n_kv_heads, self.head_dim].map(|size| size as u128);
+        2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * channels + 2 * hidden
+    }
+
+    /// Weights of the head and of the norm before it.
+    pub(crate) fn head_elements(&self) -> u128 {
+        (self.vocab_size as u128 + 1) * self.hidden_size as u128
+    }
+
     /// Bytes of the weights as f32, the widest type that they can have. Every product that a loader makes is part of it.
     fn f32_bytes(&self) -> u128 {
-        // Sizes have 32 bits, so a layer stays below 2^99; only the number of layers can take it past 128 bits.
-        let [vocab, hidden, channels, layers, heads, kv_heads, head_dim] =
-            [self.vocab_size, self.hidden_size, self.intermediate_size, self.n_layers, self.n_heads, self.n_kv_heads, self.head_dim]
-                .map(|size| size as u128);
-        let layer = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * channels + 2 * hidden;
-        layer.saturating_mul(layers).saturating_add(2 * vocab * hidden + hidden).saturating_mul(4)
+        let embedding = self.vocab_size as u128 * self.hidden_size as u128;
+        // Only the number of layers can take it past 128 bits.
+        self.layer_elements().saturating_mul(self.n_layers as u128).saturating_add(embedding + self.head_elements()).saturating_mul(4)
     }
 }
 

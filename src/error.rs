@@ -55,13 +55,17 @@ pub enum Error {
     #[error("{stages} stages cannot share {what}; {right}")]
     Stages { stages: usize, what: String, right: String },
 
-    /// Shares that are not one finite positive number a rank.
-    #[error("shares {shares:?} do not fit {world_size} ranks: one finite number above 0 is needed for each")]
-    Shares { shares: Vec<f64>, world_size: usize },
+    /// Shares that are not one finite positive number a rank of a stage, nor one a device of the grid.
+    #[error("shares {shares:?} do not fit {world_size} ranks{}", wanted_shares(*stages, *world_size))]
+    Shares { shares: Vec<f64>, stages: usize, world_size: usize },
 
     /// A prompt without tokens.
     #[error("the prompt is empty; at least one token is needed")]
     EmptyPrompt,
+
+    /// A batch with another number of tokens than of sequences.
+    #[error("a batch of {states} sequences was given {tokens} tokens; each sequence takes one")]
+    BatchSize { states: usize, tokens: usize },
 
     /// A token that the vocabulary doesn't have.
     #[error("token {token} does not exist: the vocabulary has {vocab_size} tokens, 0 to {}", vocab_size.saturating_sub(1))]
@@ -124,5 +128,19 @@ impl Error {
 
     pub(crate) fn tensor(name: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Tensor { name: name.into(), problem: problem.into() }
+    }
+}
+
+/// The rest of a sentence that begins with the ranks of a stage: how many shares would fit.
+fn wanted_shares(stages: usize, ranks: usize) -> String {
+    let numbers = "finite numbers above 0";
+    match stages {
+        1 => format!(": give {ranks} {numbers}, one a rank"),
+        _ => {
+            let all = stages.saturating_mul(ranks);
+            format!(
+                " in each of {stages} stages: give {ranks} {numbers}, one a rank of every stage, or {all}, one a device, stage after stage"
+            )
+        }
     }
 }

@@ -1,15 +1,17 @@
 //! [`generate`]: from a prompt to text, token by token.
 
+mod course;
+
 use std::borrow::Cow;
 use std::fmt;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::model::parallel::TensorParallelMistral;
+use crate::model::parallel::ParallelMistral;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
-use crate::sampler::{Sampler, SamplerOptions};
-use crate::tokenizer::Decoder;
+use crate::sampler::SamplerOptions;
+pub(crate) use course::Course;
 
 /// What [`generate`] asks of a model, whatever its grid.
 pub trait Model: Send + Sync {
@@ -47,7 +49,7 @@ pub trait Model: Send + Sync {
     fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()>;
 }
 
-impl Model for TensorParallelMistral {
+impl<By> Model for ParallelMistral<By> {
     fn config(&self) -> &Config {
         self.config()
     }
@@ -191,7 +193,7 @@ impl<M: Model + ?Sized> Iterator for Generation<'_, M> {
 
     fn next(&mut self) -> Option<Result<Token>> {
         match &mut self.0 {
-            Ok(run) if run.left > 0 => Some(run.step().inspect_err(|_| run.left = 0)),
+            Ok(run) if run.course.left() > 0 => Some(run.step().inspect_err(|_| run.course.end())),
             Ok(_) => None,
             Err(error) => error.take().map(Err),
         }
@@ -201,13 +203,10 @@ impl<M: Model + ?Sized> Iterator for Generation<'_, M> {
 struct Run<'a, M: ?Sized> {
     model: &'a M,
     state: &'a mut InferenceState,
-    sampler: Sampler,
-    text: Option<StoppingText<'a>>,
+    course: Course,
     fast: bool,
     /// What the next step computes first.
     next: Next,
-    /// Tokens that may still come; 0 once it has ended.
-    left: usize,
 }
 
 enum Next {
@@ -217,39 +216,9 @@ enum Next {
 
 impl<'a, M: Model + ?Sized> Run<'a, M> {
     fn new(model: &'a M, state: &'a mut InferenceState, prompt: &Prompt<'_>, options: GenerateOptions) -> Result<Self> {
-        if options.stop.iter().any(String::is_empty) {
-            return Err(Error::Option { option: "stop", value: "\"\"".into(), right: "a stop needs at least one character" });
-        }
-        let sampler = Sampler::new(options.sampling)?;
-        let tokenizer = model.parameters().tokenizer();
-        let (tokens, tokenizer) = match prompt {
-            // Even though the special tokens in front could be continued: refused rather than guessed.
-            Prompt::Text(text) if text.is_empty() => return Err(Error::EmptyPrompt),
-            Prompt::Text(text) => {
-                let tokenizer = tokenizer?;
-                let encode = if state.position() == 0 { tokenizer.encode(text) } else { tokenizer.encode_continuation(text) };
-                (encode?, Some(tokenizer))
-            }
-            Prompt::Tokens(tokens) if options.stop.is_empty() => (tokens.to_vec(), tokenizer.ok()),
-            Prompt::Tokens(tokens) => (tokens.to_vec(), Some(tokenizer?)),
-        };
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        let text = tokenizer.map(|tokenizer| {
-            let mut decoder = tokenizer.decoder();
-            decoder.skip(&[state.tokens(), &tokens].concat())?;
-            Ok::<_, Error>(StoppingText { decoder, stops: options.stop, held: String::new() })
-        });
-        Ok(Self {
-            text: text.transpose()?,
-            model,
-            state,
-            sampler,
-            fast: options.fast,
-            next: Next::Prompt(tokens),
-            left: options.max_tokens,
-        })
+        let fast = options.fast;
+        let (tokens, course) = Course::new(model.parameters(), state.tokens(), prompt, options)?;
+        Ok(Self { model, state, course, fast, next: Next::Prompt(tokens) })
     }
 
     fn step(&mut self) -> Result<Token> {
@@ -260,72 +229,16 @@ impl<'a, M: Model + ?Sized> Run<'a, M> {
             (&Next::Token(token), false) => model.try_forward(state, token)?,
             (&Next::Token(token), true) => model.try_fast_forward(state, token)?,
         }
-        let id = self.sampler.sample(state.logits(), state.tokens());
-        self.next = Next::Token(id);
-        self.left -= 1;
-        let is_eos = model.parameters().generation().eos_token_id.contains(&id);
-        let mut finish = match () {
-            () if is_eos => Some(FinishReason::Eos),
-            () if self.left == 0 => Some(FinishReason::Length),
-            () if state.position() >= model.context() => Some(FinishReason::Context),
-            () => None,
-        };
-        let mut text = String::new();
-        if let Some(stopping) = &mut self.text {
-            let stopped;
-            (text, stopped) = stopping.push((!is_eos).then_some(id), finish.is_some())?;
-            finish = if stopped { Some(FinishReason::Stop) } else { finish };
-        }
-        if finish.is_some() {
-            self.left = 0;
-        }
-        Ok(Token { id, text, finish })
+        let token = self.course.next(state, model.context())?;
+        self.next = Next::Token(token.id);
+        Ok(token)
     }
 }
 
 impl<M: ?Sized> fmt::Debug for Run<'_, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Run").field("position", &self.state.position()).field("left", &self.left).finish_non_exhaustive()
+        f.debug_struct("Run").field("position", &self.state.position()).field("left", &self.course.left()).finish_non_exhaustive()
     }
-}
-
-/// Text as it comes, cut before the first stop.
-struct StoppingText<'a> {
-    decoder: Decoder<'a>,
-    stops: Vec<String>,
-    /// Certain text that a stop may begin in.
-    held: String,
-}
-
-impl StoppingText<'_> {
-    /// Takes a token, and says which text is certain and whether a stop ends it. Nothing is held back of the last.
-    fn push(&mut self, token: Option<u32>, last: bool) -> Result<(String, bool)> {
-        if let Some(token) = token {
-            self.held += &self.decoder.push(token)?;
-        }
-        if last {
-            self.held += &self.decoder.flush()?;
-        }
-        if let Some(start) = first_stop(&self.held, &self.stops) {
-            self.held.truncate(start);
-            return Ok((std::mem::take(&mut self.held), true));
-        }
-        let keep = if last { 0 } else { begun_stop(&self.held, &self.stops) };
-        Ok((self.held.drain(..self.held.len() - keep).collect(), false))
-    }
-}
-
-/// Where the stop begins that is complete first: of several that end there, the longest. So the cut never depends on how the text
-/// was divided into tokens.
-fn first_stop(text: &str, stops: &[String]) -> Option<usize> {
-    let found = stops.iter().filter_map(|stop| text.find(stop.as_str()).map(|start| (start + stop.len(), start)));
-    found.min().map(|(_, start)| start)
-}
-
-/// The length of the longest end of `text` that a stop begins with.
-fn begun_stop(text: &str, stops: &[String]) -> usize {
-    let begun = |stop: &String| (1..stop.len()).rev().find(|&n| text.as_bytes().ends_with(&stop.as_bytes()[..n]));
-    stops.iter().filter_map(begun).max().unwrap_or(0)
 }
 
 #[cfg(test)]

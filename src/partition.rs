@@ -1,9 +1,12 @@
 //! Who owns what: pure arithmetic from a model's sizes to the slices of each stage and rank.
 
+mod cut;
+
 use std::ops::Range;
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use cut::{ranges, split, stage_sizes};
 
 /// One rank's place in a group that splits every matrix.
 ///
@@ -164,11 +167,17 @@ pub struct Partition {
 impl Partition {
     /// Splits a model over `stages` x `ranks`.
     ///
-    /// With `shares`, rank i owns about `shares[i] / sum` of every dimension; without, all own the same. Query heads are whole,
-    /// and every rank has at least one; channels are cut in multiples of `granule`, the block of `down_proj`'s format.
+    /// Stages are contiguous ranges of layers, each of at least one, such that the most that a stage holds for its weight is as
+    /// little as can be. The head counts for the last stage, the embedding, which stays in the file, for none. Of layers that could
+    /// as well be with several stages, the earlier has the more.
+    ///
+    /// Of its stage, rank i owns about `shares[i] / sum` of every dimension; without shares, all own the same. Query heads are whole,
+    /// and every rank has at least one; channels are cut in multiples of `granule`, the block of `down_proj`'s format. `shares` has
+    /// either `ranks` entries, which hold for every stage, and stages weigh the same; or `stages * ranks`, stage after stage,
+    /// and a stage weighs the sum of its own.
     ///
     /// # Errors
-    /// No ranks, more ranks than query heads, more stages than layers, or shares that aren't one positive number a rank.
+    /// No ranks, more ranks than query heads, more stages than layers, or shares that aren't so many positive numbers.
     pub fn new(config: &Config, stages: usize, ranks: usize, shares: Option<&[f64]>, granule: usize) -> Result<Self> {
         if ranks == 0 {
             return Err(Error::NoRanks);
@@ -182,62 +191,34 @@ impl Partition {
         }
         let equal = vec![1.0; ranks];
         let shares = shares.unwrap_or(&equal);
-        if shares.len() != ranks || shares.iter().any(|s| !s.is_finite() || *s <= 0.0) || !shares.iter().sum::<f64>().is_finite() {
-            return Err(Error::Shares { shares: shares.to_vec(), world_size: ranks });
+        let fit = shares.len() == ranks || ranks.checked_mul(stages) == Some(shares.len());
+        if !fit || shares.iter().any(|s| !s.is_finite() || *s <= 0.0) || !shares.iter().sum::<f64>().is_finite() {
+            return Err(Error::Shares { shares: shares.to_vec(), stages, world_size: ranks });
         }
 
-        let group = config.n_heads / config.n_kv_heads;
-        let heads = split(config.n_heads, shares, 1);
-        let channels = split(config.intermediate_size.div_ceil(granule), shares, 0);
-        let vocab = split(config.vocab_size, shares, 0);
-        let channel = |granules: usize| (granules * granule).min(config.intermediate_size);
-        let ranks = (0..ranks)
-            .map(|r| RankPartition {
-                heads: heads[r].clone(),
-                kv_heads: heads[r].start / group..heads[r].end.div_ceil(group),
-                channels: channel(channels[r].start)..channel(channels[r].end),
-                vocab: vocab[r].clone(),
-            })
-            .collect::<Vec<_>>();
-        let stages = split(config.n_layers, &vec![1.0; stages], 1)
-            .into_iter()
-            .map(|layers| StagePartition { layers, ranks: ranks.clone() })
-            .collect();
-        Ok(Self { stages })
+        let by_stage: Vec<&[f64]> = shares.chunks(ranks).cycle().take(stages).collect();
+        let weights: Vec<f64> = by_stage.iter().map(|shares| shares.iter().sum()).collect();
+        let head = config.head_elements() as f64 / config.layer_elements() as f64;
+        let layers = ranges(stage_sizes(config.n_layers, &weights, head));
+        let stages =
+            layers.into_iter().zip(by_stage).map(|(layers, shares)| StagePartition { layers, ranks: split_ranks(config, shares, granule) });
+        Ok(Self { stages: stages.collect() })
     }
 }
 
-/// Cuts `n` items into contiguous ranges in proportion to `shares`, each of at least `least` items.
-///
-/// The largest remainders take the items that are left, the earlier of equals first, so that equal shares give
-/// [`TensorParallelConfig::local_range`].
-fn split(n: usize, shares: &[f64], least: usize) -> Vec<Range<usize>> {
-    let total: f64 = shares.iter().sum();
-    let spare = n - least * shares.len();
-    // What is fixed by `least` counts towards a rank's share.
-    let mut sizes = vec![least; shares.len()];
-    let wanted: Vec<f64> = shares.iter().map(|s| (n as f64 * (s / total) - least as f64).max(0.0)).collect();
-    let scale = spare as f64 / wanted.iter().sum::<f64>().max(f64::MIN_POSITIVE);
-    let mut rest = spare;
-    let mut order: Vec<(usize, f64)> = Vec::new();
-    for (rank, want) in wanted.iter().enumerate() {
-        let want = want * scale;
-        let whole = ((want + 1e-9).floor() as usize).min(rest);
-        sizes[rank] += whole;
-        rest -= whole;
-        order.push((rank, want - whole as f64));
-    }
-    // A stable sort: among remainders equal up to rounding, the earlier rank goes first.
-    order.sort_by_key(|(_, remainder)| std::cmp::Reverse((remainder * 1e6).round() as i64));
-    for &(rank, _) in order.iter().cycle().take(rest) {
-        sizes[rank] += 1;
-    }
-    let mut start = 0;
-    sizes
-        .into_iter()
-        .map(|size| {
-            start += size;
-            start - size..start
+/// What each rank of a stage owns by its share.
+fn split_ranks(config: &Config, shares: &[f64], granule: usize) -> Vec<RankPartition> {
+    let group = config.n_heads / config.n_kv_heads;
+    let heads = split(config.n_heads, shares, 1);
+    let channels = split(config.intermediate_size.div_ceil(granule), shares, 0);
+    let vocab = split(config.vocab_size, shares, 0);
+    let channel = |granules: usize| (granules * granule).min(config.intermediate_size);
+    (0..shares.len())
+        .map(|r| RankPartition {
+            heads: heads[r].clone(),
+            kv_heads: heads[r].start / group..heads[r].end.div_ceil(group),
+            channels: channel(channels[r].start)..channel(channels[r].end),
+            vocab: vocab[r].clone(),
         })
         .collect()
 }
@@ -301,21 +282,6 @@ pub(crate) mod tests {
         assert!(matches!(TensorParallelConfig::try_new(0, 0), Err(Error::NoRanks)));
         assert!(matches!(TensorParallelConfig::try_new(2, 2), Err(Error::RankOutOfRange { rank: 2, world_size: 2 })));
         assert_eq!(TensorParallelConfig::try_new(2, 1).unwrap(), TensorParallelConfig::new(2, 1));
-    }
-
-    #[test]
-    fn equal_shares_are_local_ranges() {
-        for n in (0..300).chain([4096, 14336, 32000, 131_072, 1_000_003]) {
-            for world in 1..=17 {
-                let local: Vec<_> = (0..world).map(|rank| TensorParallelConfig::new(world, rank).local_range(n)).collect();
-                for share in [1.0, 0.1, 1e307, f64::MIN_POSITIVE] {
-                    assert_eq!(split(n, &vec![share; world], 0), local, "{n} over {world} shares of {share}");
-                    if n >= world {
-                        assert_eq!(split(n, &vec![share; world], 1), local, "{n} over {world} shares of {share}, at least 1");
-                    }
-                }
-            }
-        }
     }
 
     #[test]
@@ -399,6 +365,36 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn stages_are_even_but_for_the_head_and_the_earlier_are_the_larger() {
+        let layers = |n_layers, vocab_size, stages, shares: Option<&[f64]>| -> Vec<usize> {
+            let config = Config { n_layers, vocab_size, ..sizes(8, 8) };
+            let partition = Partition::new(&config, stages, 2, shares, 1).unwrap();
+            partition.stages.iter().map(|stage| stage.layers.len()).collect()
+        };
+        // A layer has 4 * 32 * 32 + 3 * 32 * 200 + 2 * 32 = 23360 weights, so does a head of 729 rows.
+        assert_eq!(layers(8, 1, 3, None), [3, 3, 2]);
+        assert_eq!(layers(32, 1, 4, None), [8, 8, 8, 8]);
+        assert_eq!(layers(32, 729 * 8, 4, None), [10, 10, 10, 2]);
+        assert_eq!(layers(32, 729 * 100, 4, None), [11, 10, 10, 1]);
+        assert_eq!(layers(8, 1, 2, Some(&[3.0, 3.0, 1.0, 1.0])), [6, 2]);
+        assert_eq!(layers(8, 1, 2, Some(&[1.0, 1.0, 3.0, 3.0])), [2, 6]);
+        assert_eq!(layers(8, 1, 2, Some(&[3.0, 1.0])), [4, 4], "shares of ranks leave stages alike");
+        assert_eq!(layers(4, 1, 4, Some(&[1.0, 2.0, 1e9, 4.0, 5.0, 6.0, 7.0, 8.0])), [1, 1, 1, 1]);
+    }
+
+    #[test]
+    fn shares_a_device_split_each_stage_by_its_own() {
+        let config = Config { n_layers: 8, ..sizes(8, 2) };
+        let partition = Partition::new(&config, 2, 2, Some(&[3.0, 1.0, 1.0, 1.0]), 1).unwrap();
+        let heads: Vec<_> = partition.stages.iter().flat_map(|stage| stage.ranks.iter().map(|rank| rank.heads.clone())).collect();
+        assert_eq!(heads, [0..6, 6..8, 0..4, 4..8]);
+        assert_eq!(partition.stages[1].ranks, ranks(&config, &[1.0, 1.0], 1));
+        // One rank a stage: one share holds for all of them, two are one a device.
+        let layers = |shares: &[f64]| Partition::new(&config, 2, 1, Some(shares), 1).unwrap().stages[0].layers.clone();
+        assert_eq!([layers(&[5.0]), layers(&[3.0, 1.0])], [0..4, 0..6]);
+    }
+
+    #[test]
     fn elements_follow_heads_channels_and_rows() {
         let config = sizes(9, 3);
         let rank = ranks(&config, &[1.0, 1.0], 1).pop().unwrap();
@@ -422,6 +418,10 @@ pub(crate) mod tests {
             (1, 2, Some(&[1.0, f64::NAN]), "[1.0, NaN] do not fit 2 ranks"),
             (1, 2, Some(&[f64::INFINITY, 1.0]), "[inf, 1.0] do not fit 2 ranks"),
             (1, 2, Some(&[f64::MAX, f64::MAX]), "do not fit 2 ranks"),
+            (1, 2, Some(&[1.0; 3]), "give 2 finite numbers above 0, one a rank"),
+            (3, 2, Some(&[]), "[] do not fit 2 ranks in each of 3 stages"),
+            (3, 2, Some(&[1.0; 3]), "give 2 finite numbers above 0, one a rank of every stage, or 6, one a device"),
+            (3, 2, Some(&[1.0, 1.0, 1.0, 1.0, 1.0, -1.0]), "do not fit 2 ranks in each of 3 stages"),
         ] {
             let message = Partition::new(&config, stages, ranks, shares, 1).expect_err(words).to_string();
             assert!(message.contains(words), "{message:?} should say {words:?}");

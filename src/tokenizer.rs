@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::Arc;
 
 use tokenizers::DecoderWrapper;
 
@@ -12,10 +13,10 @@ use crate::error::{Error, Result};
 /// The longest `tokenizer.json` that is read. The largest in use have about 35 MB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// A checkpoint's `tokenizer.json`.
-#[derive(Debug)]
+/// A checkpoint's `tokenizer.json`. Cheap to clone.
+#[derive(Debug, Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    inner: Arc<tokenizers::Tokenizer>,
     streaming: Streaming,
 }
 
@@ -53,7 +54,7 @@ impl Tokenizer {
         guarded(|| inner.with_truncation(None).map(|_| ()))?;
         inner.with_padding(None);
         let streaming = Streaming::of(&inner)?;
-        Ok(Self { inner, streaming })
+        Ok(Self { inner: Arc::new(inner), streaming })
     }
 
     /// The ids of `text`, with the model's own special tokens in front. Special tokens spelt out in the text are taken as such
@@ -90,8 +91,8 @@ impl Tokenizer {
 
     /// Decodes one token at a time.
     #[must_use]
-    pub fn decoder(&self) -> Decoder<'_> {
-        Decoder { tokenizer: self, pending: Vec::new(), bytes: Vec::new(), text_before: false }
+    pub fn decoder(&self) -> Decoder {
+        Decoder { tokenizer: self.clone(), pending: Vec::new(), bytes: Vec::new(), text_before: false }
     }
 
     /// The piece of `id` if it adds to the text: neither unknown nor special.
@@ -107,8 +108,8 @@ impl Tokenizer {
 /// bytes as `<0xE5>`, a run of those is held back until another piece follows, since one wrong byte makes all of them U+FFFD.
 /// A push costs the same however long the text has grown.
 #[derive(Debug, Clone)]
-pub struct Decoder<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct Decoder {
+    tokenizer: Tokenizer,
     /// Ids whose text is not out yet.
     pending: Vec<u32>,
     /// An unfinished character, where pieces spell bytes.
@@ -117,7 +118,7 @@ pub struct Decoder<'a> {
     text_before: bool,
 }
 
-impl Decoder<'_> {
+impl Decoder {
     /// Takes the next token and gives the text that is now certain, often that of this token.
     ///
     /// # Errors

@@ -20,6 +20,8 @@ pub(crate) enum Category {
     Read,
     Reduce,
     Write,
+    /// Waiting for the next batch.
+    Schedule,
 }
 
 impl Category {
@@ -29,6 +31,7 @@ impl Category {
             Self::Read => "read",
             Self::Reduce => "reduce",
             Self::Write => "write",
+            Self::Schedule => "schedule",
         }
     }
 }
@@ -95,7 +98,7 @@ impl Trace {
     pub(crate) fn seconds(&self) -> [f64; 4] {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sums = [0.0; 4];
-        for span in &spans.0 {
+        for span in spans.0.iter().filter(|span| span.category != Category::Schedule) {
             sums[span.category as usize] += (span.end - span.start).as_secs_f64();
         }
         sums

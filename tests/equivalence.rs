@@ -27,6 +27,11 @@ fn cpu_grids() -> Vec<(&'static str, ParallelConfig, Vec<Device>)> {
         ("shares 3 to 1", default().with_shares(vec![3.0, 1.0]), vec![cpu(), alone()]),
         ("shares 1, 100, 1", default().with_shares(vec![1.0, 100.0, 1.0]), vec![alone(), cpu(), cpu()]),
         ("2 stages of 1", default().stages(2), vec![cpu(); 2]),
+        (
+            "2 stages of 2, weighted by device",
+            default().stages(2).with_shares(vec![1.0, 2.0, 3.0, 1.0]),
+            vec![alone(), cpu(), cpu(), alone()],
+        ),
         ("3 stages of 2", default().stages(3), vec![cpu(); 6]),
         ("1 thread", default().threads(1), vec![cpu(); 2]),
     ]

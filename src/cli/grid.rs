@@ -25,7 +25,7 @@ pub struct GridArgs {
     #[arg(long, value_name = "S", default_value = "1")]
     pub stages: NonZeroUsize,
 
-    /// What each rank of a stage owns in proportion to the others, such as 3,1
+    /// What each rank of a stage owns in proportion to the others, such as 3,1; or, with --stages, one number a device, which also give each stage layers by the sum of its own
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub shares: Option<Vec<f64>>,
 

@@ -1,6 +1,7 @@
 use std::path::Path;
 use std::sync::Mutex;
 
+use super::course::{begun_stop, first_stop};
 use super::*;
 
 /// A model that says a fixed sequence of tokens, over and over, and remembers what it was asked.

@@ -1,227 +1,201 @@
-//! Walks the plan over the grid: launch all, read, sum in order, write.
+//! [`Driver`]: sends batches through the stages, on a thread a stage or on one thread for all.
 
-use std::sync::{Arc, mpsc};
+use std::collections::VecDeque;
+use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::backend::{Batch, Flow, Place, PlaceCounts};
-use crate::collective::Collective;
+use crate::backend::{Batch, Flow, PlaceCounts};
 use crate::error::{Error, Result};
-use crate::plan::{Exchange, Plan, SegmentId};
-use crate::trace::{Category, Trace};
+use crate::model::pipeline::PipelineState;
+use crate::model::stage::Stage;
 
-/// A place that gives no answer for so long is taken for lost.
-const PATIENCE: Duration = Duration::from_secs(600);
+/// Batches that wait in front of a stage. One is enough for the stage to go on at once; more would only hold memory.
+const QUEUE: usize = 1;
 
-/// One stage of the grid, as far as this process hosts it.
-pub(crate) struct Stage {
-    pub index: usize,
-    pub plan: Plan,
-    pub places: Vec<Box<dyn Place>>,
-    /// Width of every rank's part of the gathered logits.
-    pub gathered: Vec<usize>,
+/// A batch on its way through the stages.
+pub(crate) struct Trip {
+    pub batch: Batch,
+    /// Its rows as the last stage left them; an error travels on as rows do.
+    pub flow: Result<Flow>,
+    /// Report every step to stderr.
+    pub debug: bool,
+    answer: SyncSender<Result<Vec<f32>>>,
 }
 
-/// All stages, and what joins this process to others.
-pub(crate) struct Engine {
-    pub stages: Vec<Stage>,
-    pub collective: Arc<dyn Collective>,
-    pub trace: Arc<Trace>,
-    /// All-reduces and gathers done.
+impl Trip {
+    /// Gives the logits to whoever waits.
+    fn arrive(self) {
+        let logits = self.flow.map(|flow| match flow {
+            Flow::Host(logits) => logits,
+        });
+        // A caller that has gone away needs no answer.
+        let _ = self.answer.send(logits);
+    }
+}
+
+/// What visits the stages in order.
+enum Visitor {
+    Trip(Box<Trip>),
+    /// What the stages so far have counted.
+    Count(Counts, SyncSender<Counts>),
+}
+
+/// What an engine has done.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Counts {
+    /// Of every place, stage after stage.
+    pub places: Vec<PlaceCounts>,
+    /// All-reduces and gathers through the host.
     pub collectives: u64,
 }
 
-impl Engine {
-    /// The logits of the wanted rows, `[wanted, vocab]`, from the embedded rows, `[rows, hidden]`.
-    pub(crate) fn run(&mut self, batch: &Batch, embedded: Vec<f32>) -> Result<Vec<f32>> {
-        let mut flow = Flow::Host(embedded);
-        for stage in &mut self.stages {
-            for segment in 0..stage.plan.segments.len() {
-                let start = Instant::now();
-                stage.run(SegmentId(segment), batch, &flow, &self.trace)?;
-                let exchange = stage.plan.segments[segment].exchange;
-                flow = match exchange {
-                    Exchange::AllReduce => Flow::Host(stage.all_reduce(batch, &*self.collective, &self.trace)?),
-                    Exchange::AllGather => Flow::Host(stage.all_gather(batch, &*self.collective, &self.trace)?),
-                    Exchange::Pass => stage.pass(batch, &self.trace)?,
-                };
-                tracing::debug!(
-                    stage = stage.index,
-                    segment,
-                    ?exchange,
-                    rows = batch.rows.len(),
-                    micros = start.elapsed().as_micros() as u64,
-                    "step"
-                );
-                if exchange != Exchange::Pass {
-                    self.collectives += 1;
-                }
-            }
-        }
-        let Flow::Host(logits) = flow;
-        Ok(logits)
-    }
-
-    pub(crate) fn counts(&self) -> Vec<PlaceCounts> {
-        self.stages.iter().flat_map(|s| s.places.iter().map(|p| p.counts())).collect()
+impl Counts {
+    fn add(&mut self, stage: &Stage) {
+        self.places.extend(stage.counts());
+        self.collectives += stage.collectives;
     }
 }
 
-impl Stage {
-    /// Launches a segment on every place, those that return at once first, and waits for all.
-    fn run(&mut self, segment: SegmentId, batch: &Batch, input: &Flow, trace: &Trace) -> Result<()> {
-        let index = self.index;
-        let mut failed = None;
-        let mut in_flight = Vec::new();
-        let mut places: Vec<_> = self.places.iter_mut().collect();
-        places.sort_by_key(|p| !p.is_asynchronous());
-        for place in places {
-            let start = Instant::now();
-            match place.launch(segment, batch, input) {
-                Ok(()) => {
-                    let category = if place.is_asynchronous() { Category::Write } else { Category::Compute };
-                    trace.span(index, place.ranks(), category, start, batch.number, batch.rows.len());
-                    in_flight.push((place, Instant::now()));
-                }
-                Err(e) => failed = failed.or(Some(e)),
-            }
-        }
-        // Where one failed the others are still waited for, so that the next launch finds them idle.
-        for (place, start) in in_flight {
-            match wait(place.as_mut(), index) {
-                Ok(()) if place.is_asynchronous() => {
-                    trace.span(index, place.ranks(), Category::Compute, start, batch.number, batch.rows.len());
-                }
-                Ok(()) => {}
-                Err(e) => failed = failed.or(Some(e)),
-            }
-        }
-        failed.map_or(Ok(()), Err)
-    }
+/// The logits of a batch, `[wanted, vocab]`, once it has arrived.
+pub(crate) struct Pending(Option<Receiver<Result<Vec<f32>>>>);
 
-    /// The sum of what the places read, place after place, and then rank after rank of the group.
-    fn all_reduce(&mut self, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<Vec<f32>> {
-        let parts = self.read(batch, trace)?;
-        let start = Instant::now();
-        let mut sum = parts[0].to_vec();
-        parts[1..].iter().for_each(|part| crate::kernels::add(&mut sum, part));
-        let n = sum.len();
-        let mut all = vec![0.0; n * collective.size()];
-        collective.all_gather(&sum, &vec![n; collective.size()], &mut all)?;
-        sum.copy_from_slice(&all[..n]);
-        (1..collective.size()).for_each(|rank| crate::kernels::add(&mut sum, &all[rank * n..(rank + 1) * n]));
-        trace.span(self.index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
-        Ok(sum)
-    }
-
-    /// `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
-    fn all_gather(&mut self, batch: &Batch, collective: &dyn Collective, trace: &Trace) -> Result<Vec<f32>> {
-        let (index, rows, widths) = (self.index, batch.wanted.len(), self.gathered.clone());
-        let ranks: Vec<Vec<usize>> = self.places.iter().map(|p| p.ranks().to_vec()).collect();
-        let read = self.read(batch, trace)?;
-        let start = Instant::now();
-        let mut local = vec![Vec::new(); widths.len()];
-        for (ranks, mut parts) in ranks.into_iter().zip(read) {
-            for rank in ranks {
-                let part = parts
-                    .split_off(..rows * widths[rank])
-                    .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {index}")))?;
-                local[rank] = part.to_vec();
-            }
-        }
-        let local = local.concat();
-        // Alone, this process hosts all ranks; in a group, each member one.
-        let counts: Vec<usize> = if collective.size() == 1 { vec![local.len()] } else { widths.iter().map(|width| rows * width).collect() };
-        let mut all = vec![0.0; counts.iter().sum()];
-        collective.all_gather(&local, &counts, &mut all)?;
-        let total: usize = widths.iter().sum();
-        let mut gathered = vec![0.0; rows * total];
-        let (mut from, mut column) = (0, 0);
-        for width in widths {
-            for row in 0..rows {
-                gathered[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
-            }
-            from += rows * width;
-            column += width;
-        }
-        trace.span(index, &self.ranks(), Category::Reduce, start, batch.number, batch.rows.len());
-        Ok(gathered)
-    }
-
-    /// The residual stream, which every place has.
-    fn pass(&mut self, batch: &Batch, trace: &Trace) -> Result<Flow> {
-        let start = Instant::now();
-        let passed = self.places[0].pass()?;
-        trace.span(self.index, self.places[0].ranks(), Category::Read, start, batch.number, batch.rows.len());
-        Ok(passed)
-    }
-
-    /// What each place read, in order.
-    fn read(&mut self, batch: &Batch, trace: &Trace) -> Result<Vec<&[f32]>> {
-        self.places.iter_mut().map(|place| read(place.as_mut(), self.index, batch, trace)).collect()
-    }
-
-    /// The ranks that this process hosts.
-    fn ranks(&self) -> Vec<usize> {
-        self.places.iter().flat_map(|p| p.ranks().iter().copied()).collect()
+impl Pending {
+    pub(crate) fn wait(mut self) -> Result<Vec<f32>> {
+        self.0.take().and_then(|answer| answer.recv().ok()).unwrap_or_else(|| Err(gone()))
     }
 }
 
-/// What a place read, and how long it took to get at it.
-fn read<'a>(place: &'a mut dyn Place, stage: usize, batch: &Batch, trace: &Trace) -> Result<&'a [f32]> {
-    let (ranks, start) = (place.ranks().to_vec(), Instant::now());
-    let output = place.output()?;
-    trace.span(stage, &ranks, Category::Read, start, batch.number, batch.rows.len());
-    Ok(output)
-}
-
-fn wait(place: &mut dyn Place, stage: usize) -> Result<()> {
-    let start = Instant::now();
-    while start.elapsed() < PATIENCE {
-        if place.poll(Duration::from_millis(100))?.is_ready() {
-            return Ok(());
+impl Drop for Pending {
+    /// Waits: while a batch is on its way its pages must not go to others.
+    fn drop(&mut self) {
+        if let Some(answer) = self.0.take() {
+            let _ = answer.recv();
         }
     }
-    let reason = format!("no answer in {} seconds", PATIENCE.as_secs());
-    Err(Error::DeviceLost { stage, ranks: place.ranks().to_vec(), device: place.device().into(), reason })
 }
 
-type Job = Box<dyn FnOnce(&mut Engine) + Send>;
+fn gone() -> Error {
+    Error::DriverGone("it panicked in an earlier step".into())
+}
 
-/// The thread that drives an engine. Callers hand it jobs and wait; it owns every place, so no lock is held while it works.
+/// The threads that drive the stages. They own every place, so that no lock is held while one works.
 pub(crate) struct Driver {
-    jobs: Option<mpsc::Sender<Job>>,
-    thread: Option<JoinHandle<()>>,
+    inbox: Option<SyncSender<Visitor>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl Driver {
-    pub(crate) fn start(mut engine: Engine) -> Result<Self> {
-        let (jobs, inbox) = mpsc::channel::<Job>();
-        let work = move || inbox.into_iter().for_each(|job| job(&mut engine));
-        let thread = std::thread::Builder::new().name("torchless-driver".into()).spawn(work);
-        let thread = thread.map_err(|e| Error::DriverGone(format!("it cannot start: {e}")))?;
-        Ok(Self { jobs: Some(jobs), thread: Some(thread) })
+    /// A thread a stage where `concurrent`, with a bounded queue in front of each; otherwise one that steps the schedule of at
+    /// most `depth` batches over all stages. Batches arrive in the order they were sent, with the same bits.
+    pub(crate) fn start(stages: Vec<Stage>, concurrent: bool, depth: usize) -> Result<Self> {
+        let (inbox, visitors) = mpsc::sync_channel(QUEUE);
+        let mut driver = Self { inbox: Some(inbox), threads: Vec::new() };
+        if !concurrent || stages.len() == 1 {
+            driver.spawn("torchless-driver".into(), move || step(stages, &visitors, depth))?;
+            return Ok(driver);
+        }
+        let (mut visitors, last) = (visitors, stages.len() - 1);
+        for stage in stages {
+            let (next, arrivals) = if stage.index < last { Some(mpsc::sync_channel(QUEUE)).unzip() } else { (None, None) };
+            let inbox = std::mem::replace(&mut visitors, arrivals.unwrap_or_else(|| mpsc::sync_channel(QUEUE).1));
+            driver.spawn(format!("torchless-stage-{}", stage.index), move || work(stage, &inbox, next.as_ref()))?;
+        }
+        Ok(driver)
     }
 
-    /// Runs `job` on the driver thread and waits for its answer.
-    pub(crate) fn call<T: Send + 'static>(&self, job: impl FnOnce(&mut Engine) -> T + Send + 'static) -> Result<T> {
-        let gone = || Error::DriverGone("it panicked in an earlier step".into());
-        let (reply, answer) = mpsc::sync_channel(1);
-        let job: Job = Box::new(move |engine| {
-            // A caller that has gone away needs no answer.
-            let _ = reply.send(job(engine));
-        });
-        self.jobs.as_ref().ok_or_else(gone)?.send(job).map_err(|_| gone())?;
-        answer.recv().map_err(|_| gone())
+    fn spawn(&mut self, name: String, run: impl FnOnce() + Send + 'static) -> Result<()> {
+        let thread = std::thread::Builder::new().name(name).spawn(run);
+        self.threads.push(thread.map_err(|e| Error::DriverGone(format!("it cannot start: {e}")))?);
+        Ok(())
+    }
+
+    /// Sends a batch with its embedded rows, `[rows, hidden]`. Blocks while the first stage has enough to do.
+    pub(crate) fn send(&self, batch: Batch, embedded: Vec<f32>, debug: bool) -> Result<Pending> {
+        let (answer, pending) = mpsc::sync_channel(1);
+        self.visit(Visitor::Trip(Box::new(Trip { batch, flow: Ok(Flow::Host(embedded)), debug, answer })))?;
+        Ok(Pending(Some(pending)))
+    }
+
+    /// What has been done by the batches sent before.
+    pub(crate) fn counts(&self) -> Result<Counts> {
+        let (answer, counts) = mpsc::sync_channel(1);
+        self.visit(Visitor::Count(Counts::default(), answer))?;
+        counts.recv().map_err(|_| gone())
+    }
+
+    fn visit(&self, visitor: Visitor) -> Result<()> {
+        self.inbox.as_ref().ok_or_else(gone)?.send(visitor).map_err(|_| gone())
     }
 }
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        drop(self.jobs.take());
-        if let Some(thread) = self.thread.take() {
-            // A panic was reported to the caller whose job it was.
+        drop(self.inbox.take());
+        for thread in self.threads.drain(..) {
+            // A panic was reported to the caller whose batch it was.
             let _ = thread.join();
         }
+    }
+}
+
+/// One stage on a thread of its own.
+fn work(mut stage: Stage, visitors: &Receiver<Visitor>, next: Option<&SyncSender<Visitor>>) {
+    let mut idle = None;
+    while let Ok(mut visitor) = visitors.recv() {
+        match &mut visitor {
+            Visitor::Trip(trip) => {
+                stage.waited(idle, trip);
+                stage.run(trip);
+            }
+            Visitor::Count(counts, _) => counts.add(&stage),
+        }
+        idle = Some(Instant::now());
+        match (visitor, next) {
+            // If the next stage is gone, dropping the visitor tells whoever waits for it.
+            (visitor, Some(next)) => drop(next.send(visitor)),
+            (Visitor::Trip(trip), None) => trip.arrive(),
+            (Visitor::Count(counts, answer), None) => drop(answer.send(counts)),
+        }
+    }
+}
+
+/// All stages on one thread, which steps the schedule: in every step each stage computes the batch that it holds, all of them
+/// launched before the first is waited for.
+fn step(mut stages: Vec<Stage>, visitors: &Receiver<Visitor>, depth: usize) {
+    let mut schedule = PipelineState::new(stages.len(), depth);
+    let mut trips: VecDeque<Trip> = VecDeque::new();
+    loop {
+        while schedule.can_accept() {
+            // Only an empty pipeline has time to wait.
+            match if trips.is_empty() { visitors.recv().ok() } else { visitors.try_recv().ok() } {
+                Some(Visitor::Trip(trip)) => {
+                    schedule.push();
+                    trips.push_back(*trip);
+                }
+                Some(Visitor::Count(mut counts, answer)) => {
+                    stages.iter().for_each(|stage| counts.add(stage));
+                    let _ = answer.send(counts);
+                }
+                None if trips.is_empty() => return,
+                None => break,
+            }
+        }
+        // Oldest first, and so the last stage first, as is their order.
+        let mut order: Vec<Option<&mut Stage>> = stages.iter_mut().map(Some).collect();
+        let mut held: Vec<(&mut Stage, &mut Trip)> =
+            schedule.stages().zip(&mut trips).filter_map(|(at, trip)| Some((order[at].take()?, trip))).collect();
+        held.sort_by_key(|(stage, _)| !stage.is_asynchronous());
+        let segments = held.iter().map(|(stage, _)| stage.plan.segments.len()).max().unwrap_or(0);
+        for segment in 0..segments {
+            held.iter_mut().for_each(|(stage, trip)| stage.launch(segment, trip));
+            held.iter_mut().for_each(|(stage, trip)| stage.land(segment, trip));
+        }
+        if schedule.pop().is_some()
+            && let Some(trip) = trips.pop_front()
+        {
+            trip.arrive();
+        }
+        schedule.advance();
     }
 }

@@ -1,24 +1,25 @@
-//! [`Grid`]: a model loaded onto places, and how a sequence advances on it.
+//! [`Grid`]: a model loaded onto places.
 
-use std::io::IsTerminal;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::num::NonZeroUsize;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Instant;
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, Batch, KvType, PlaceCounts, Room, Row};
+use crate::backend::{self, KvType, Room};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::pool::Pool;
-use crate::model::engine::{Driver, Engine, Stage};
-use crate::model::kv::{Lease, PagePool};
-use crate::model::layout::{RankInfo, lay_out, rank_infos};
+use crate::model::engine::{Counts, Driver};
+use crate::model::kv::PagePool;
+use crate::model::layout::{Layout, RankInfo, lay_out, rank_infos};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::rope::RopeTable;
-use crate::model::state::InferenceState;
+use crate::model::stage::Stage;
 use crate::params::Parameters;
-use crate::partition::Partition;
+use crate::partition::{Partition, TensorParallelConfig};
 use crate::trace::{Trace, TraceRow};
 
 /// Rows that one walk through the plan takes at most: a prompt is cut into chunks of so many.
@@ -28,33 +29,21 @@ const MOST_WANTED: usize = 64;
 /// Sequences of full length that the cache has room for unless told otherwise.
 const SEQUENCES: usize = 16;
 
-/// Which logits a call wants.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Want {
-    Last,
-    All,
-}
-
-/// How a call computes.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct How {
-    pub want: Want,
-    /// Rows a chunk at most.
-    pub chunk: usize,
-    /// Report every step to stderr.
-    pub debug: bool,
-}
-
 /// A model loaded onto places.
 pub(crate) struct Grid {
-    params: Parameters,
-    pages: Arc<PagePool>,
-    room: Room,
-    rope: RopeTable,
+    pub(super) params: Parameters,
+    pub(super) pages: Arc<PagePool>,
+    pub(super) room: Room,
+    pub(super) rope: RopeTable,
     ranks: Vec<RankInfo>,
     trace: Arc<Trace>,
-    batches: AtomicU64,
-    driver: Driver,
+    /// Batches made so far.
+    pub(super) batches: AtomicU64,
+    /// Batches that the rows of a call are cut into, so that they fill the stages.
+    pub(super) micro_batches: usize,
+    /// Batches of a call that are on their way at once, at most.
+    pub(super) in_flight: usize,
+    pub(super) driver: Driver,
 }
 
 impl Grid {
@@ -73,10 +62,11 @@ impl Grid {
         let ranks = rank_infos(&params, &partition, &layouts)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
         let trace = Arc::new(Trace::new(rows));
-        let threads = Threads { pool: Arc::new(Pool::new(config.threads)?), work: config.work };
+        let pools = pools(config, &layouts)?;
         let tensor = |name: &str| params.tensor(name);
 
-        let mut room = Room { rows: MOST_ROWS, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
+        let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, config.pipeline.num_micro_batches)?;
+        let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
         for (stage, layout) in layouts.iter().enumerate() {
             for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor) {
                 room = room.min(backend::room(device, &assignment, room)?);
@@ -85,17 +75,33 @@ impl Grid {
         let mut built = Vec::new();
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor);
+            let threads = Threads { pool: pools[index].clone(), work: config.work };
             let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
-            built.push(Stage { index, plan: layout.plan.clone(), places, gathered });
+            let (plan, collective, trace) = (layout.plan.clone(), collective.clone(), trace.clone());
+            built.push(Stage {
+                index,
+                plan,
+                places,
+                gathered,
+                collective,
+                trace,
+                collectives: 0,
+                started: Instant::now(),
+                in_flight: Vec::new(),
+            });
         }
         agree(&*collective, &params, &partition, room)?;
-        let engine = Engine { stages: built, collective, trace: trace.clone(), collectives: 0 };
+        // A single stage has nothing to fill.
+        let micro_batches = if stages == 1 { 1 } else { config.pipeline.num_micro_batches };
         Ok(Self {
             rope: RopeTable::new(params.config()),
             pages: Arc::new(PagePool::new(room.pages)),
-            driver: Driver::start(engine)?,
+            driver: Driver::start(built, config.pipeline.async_execution, micro_batches)?,
             batches: AtomicU64::new(0),
+            micro_batches,
+            // One more than there are stages, so that the first always has its next one.
+            in_flight: micro_batches.min(stages + 1),
             params,
             room,
             ranks,
@@ -130,108 +136,41 @@ impl Grid {
         self.pages.held()
     }
 
-    pub(crate) fn counts(&self) -> Result<Vec<PlaceCounts>> {
-        self.driver.call(|engine| engine.counts())
+    pub(crate) fn counts(&self) -> Result<Counts> {
+        self.driver.counts()
     }
+}
 
-    pub(crate) fn collectives(&self) -> Result<u64> {
-        self.driver.call(|engine| engine.collectives)
+/// Rows whose activations, on all stages, and residual streams between them stay within `budget` bytes; at least 1.
+fn rows_within(budget: usize, model: &Config, layouts: &[Layout], in_flight: usize) -> Result<usize> {
+    let whole = &Partition::new(model, 1, 1, None, 1)?.stages[0].ranks[0];
+    let widths = layouts.iter().flat_map(|layout| &layout.plan.bufs).map(|buf| whole.width(buf.dim, model));
+    let row = size_of::<f32>() * (widths.sum::<usize>() + in_flight * model.hidden_size);
+    Ok((budget / row.max(1)).clamp(1, MOST_ROWS))
+}
+
+/// The threads of each stage's CPU ranks. Stages that compute at the same time share out the CPU's threads, at least one each, those
+/// that take turns have all of them.
+fn pools(config: &ParallelConfig, layouts: &[Layout]) -> Result<Vec<Arc<Pool>>> {
+    let on_cpu = |layout: &Layout| layout.groups.iter().any(|(device, _)| device.is_cpu());
+    let sharing = layouts.iter().filter(|layout| on_cpu(layout)).count();
+    if !config.pipeline.async_execution || sharing < 2 {
+        let pool = Arc::new(Pool::new(config.threads)?);
+        return Ok(vec![pool; layouts.len()]);
     }
-
-    /// Appends `tokens` to the sequence and computes them, in chunks. All or nothing: after an error the state is as before.
-    ///
-    /// The logits of the last land in the state; of all, `[tokens, vocab]`, in the answer where they are wanted.
-    pub(crate) fn advance(&self, state: &mut InferenceState, tokens: &[u32], how: How) -> Result<Vec<f32>> {
-        self.check(state, tokens)?;
-        let before = state.position();
-        state.tokens.extend_from_slice(tokens);
-        let mut lease = match state.lease.take() {
-            Some(lease) if lease.is_of(&self.pages) => lease,
-            _ => Lease::new(self.pages.clone(), state.kv),
-        };
-        match self.compute(state, &mut lease, before, how) {
-            Ok(logits) => {
-                let vocab = self.params.config().vocab_size;
-                state.logits.clear();
-                state.logits.extend_from_slice(&logits[logits.len() - vocab..]);
-                state.checkpoint = Some(self.params.fingerprint());
-                state.lease = Some(lease);
-                Ok(logits)
+    let all = config.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, NonZeroUsize::get));
+    let mut next = 0;
+    layouts
+        .iter()
+        .map(|layout| {
+            let mut threads = 1;
+            if on_cpu(layout) {
+                threads = TensorParallelConfig::new(sharing, next).local_size(all).max(1);
+                next += 1;
             }
-            Err(e) => {
-                state.tokens.truncate(before);
-                let seen = state.config.first_seen(before);
-                state.lease = lease.truncate(before, seen).then_some(lease);
-                Err(e)
-            }
-        }
-    }
-
-    /// Computes what the lease doesn't hold yet of the state's tokens; logits are wanted from `before` on, or of the last.
-    fn compute(&self, state: &InferenceState, lease: &mut Lease, before: usize, how: How) -> Result<Vec<f32>> {
-        let tokens = &state.tokens;
-        let mut logits = Vec::new();
-        while lease.stored() < tokens.len() {
-            let start = lease.stored();
-            let end = match how.want {
-                Want::All if start < before => before.min(start + self.room.rows),
-                Want::All => start + self.room.rows.min(self.room.wanted),
-                Want::Last => start + self.room.rows,
-            };
-            let end = end.min(start.saturating_add(how.chunk.max(1))).min(tokens.len());
-            let wanted = match how.want {
-                Want::All if start >= before => 0..end - start,
-                Want::Last if end == tokens.len() => end - start - 1..end - start,
-                _ => 0..0,
-            };
-            lease.reserve(end)?;
-            let rows: Vec<Row> = (start..end).map(|p| Row { seq: 0, pos: p as u32 }).collect();
-            let batch = Batch {
-                number: self.batches.fetch_add(1, Ordering::Relaxed) + 1,
-                rope: self.rope.angles(&rows),
-                rows,
-                seqs: vec![lease.seq().clone()],
-                wanted: wanted.map(|r| r as u32).collect(),
-                copies: Vec::new(),
-                kv: state.kv,
-            };
-            let embedded = self.embed(&tokens[start..end]);
-            logits.extend(self.driver.call(move |engine| reporting(how.debug, || engine.run(&batch, embedded)))??);
-            lease.commit(end, state.config.first_seen(end));
-        }
-        Ok(logits)
-    }
-
-    /// The tokens' rows of the embedding: `[tokens, hidden]`.
-    fn embed(&self, tokens: &[u32]) -> Vec<f32> {
-        let table = self.params.embedding();
-        let mut rows = vec![0.0; tokens.len() * table.cols()];
-        for (row, &token) in rows.chunks_exact_mut(table.cols()).zip(tokens) {
-            table.row_to_f32(token as usize, row);
-        }
-        rows
-    }
-
-    fn check(&self, state: &InferenceState, tokens: &[u32]) -> Result<()> {
-        let config = self.params.config();
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= config.vocab_size) {
-            return Err(Error::TokenOutOfRange { token, vocab_size: config.vocab_size });
-        }
-        if state.config != *config {
-            return Err(Error::ForeignState(format!("it was made for {:?}, this model is {config:?}", state.config)));
-        }
-        if state.checkpoint.is_some_and(|c| c != self.params.fingerprint()) {
-            return Err(Error::ForeignState("its tokens were computed with other weights of the same shape".into()));
-        }
-        let (position, wanted, limit) = (state.position(), tokens.len(), config.max_position_embeddings);
-        if wanted > limit.saturating_sub(position) {
-            return Err(Error::ContextFull { position, wanted, limit });
-        }
-        Ok(())
-    }
+            Pool::new(Some(threads)).map(Arc::new)
+        })
+        .collect()
 }
 
 /// Pages for the positions asked for, or for [`SEQUENCES`] sequences of full length.
@@ -267,18 +206,4 @@ fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition
             )))
         }
     }
-}
-
-/// Runs `f`; with `debug`, what it reports through `tracing` goes to stderr where the program installed no subscriber of its own.
-fn reporting<T>(debug: bool, f: impl FnOnce() -> T) -> T {
-    use tracing::{Dispatch, dispatcher, subscriber::NoSubscriber};
-    static TO_STDERR: OnceLock<Dispatch> = OnceLock::new();
-    if !debug || !dispatcher::get_default(Dispatch::is::<NoSubscriber>) {
-        return f();
-    }
-    let to_stderr = TO_STDERR.get_or_init(|| {
-        let is_terminal = std::io::stderr().is_terminal();
-        tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(is_terminal).with_writer(std::io::stderr).finish().into()
-    });
-    dispatcher::with_default(to_stderr, f)
 }

@@ -1,5 +1,6 @@
 //! The model, and how it runs over a grid.
 
+pub(crate) mod advance;
 pub(crate) mod engine;
 pub(crate) mod grid;
 pub(crate) mod kv;
@@ -9,4 +10,5 @@ pub(crate) mod parallel;
 pub(crate) mod parallel_config;
 pub(crate) mod pipeline;
 pub(crate) mod rope;
+pub(crate) mod stage;
 pub(crate) mod state;

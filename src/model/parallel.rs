@@ -1,5 +1,6 @@
-//! [`TensorParallelMistral`]: the model as callers see it.
+//! [`TensorParallelMistral`] and [`PipelineParallelMistral`]: the model as callers see it.
 
+use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,19 +9,41 @@ use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::model::grid::{Grid, How, Want};
+use crate::model::advance::{How, Want};
+use crate::model::grid::Grid;
 use crate::model::layout::{RankInfo, ranks_per_stage};
 use crate::model::parallel_config::ParallelConfig;
+use crate::model::pipeline::PipelineConfig;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
 use crate::partition::TensorParallelConfig;
 
-/// A Mistral-family model whose every matrix is split over ranks.
+/// A Mistral-family model on a grid of stages x ranks: [`TensorParallelMistral`] or [`PipelineParallelMistral`].
 ///
-/// Calls may come from many threads; each is a step of one sequence, and they take turns.
-pub struct TensorParallelMistral {
+/// The two differ only in the grid that they make of a list of devices. Calls may come from many threads; each advances sequences of
+/// its own, and on several stages they overlap.
+pub struct ParallelMistral<By> {
     grid: Grid,
+    by: PhantomData<fn() -> By>,
 }
+
+/// Says of a [`ParallelMistral`] that a device is a rank, which holds a slice of every matrix.
+#[derive(Debug)]
+pub enum TensorParallel {}
+
+/// Says of a [`ParallelMistral`] that a device is a stage, which holds some of the layers.
+#[derive(Debug)]
+pub enum PipelineParallel {}
+
+/// A model whose every matrix is split over ranks.
+pub type TensorParallelMistral = ParallelMistral<TensorParallel>;
+
+/// A model whose layers are split into stages, which work on different rows at the same time.
+///
+/// Overlap is real where there are several micro-batches: in a prefill, in [`forward_batch`](ParallelMistral::forward_batch), in calls
+/// from several threads, and best with a [`Scheduler`](crate::Scheduler). The decoding of one sequence cannot overlap, since token t + 1
+/// needs token t: it is no faster than on one stage.
+pub type PipelineParallelMistral = ParallelMistral<PipelineParallel>;
 
 impl TensorParallelMistral {
     /// Loads all ranks into this process, on the CPU, whatever `config`'s rank is. Answers are full logits.
@@ -75,16 +98,51 @@ impl TensorParallelMistral {
             return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
         }
         let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective)?;
-        Ok(Self { grid })
+        Ok(Self { grid, by: PhantomData })
+    }
+}
+
+impl PipelineParallelMistral {
+    /// Loads all stages into this process, on the CPU: as many as `config` says, by default min(4, layers).
+    ///
+    /// # Errors
+    /// As [`TensorParallelMistral::load`].
+    pub fn load(params: Parameters, config: impl Into<ParallelConfig>) -> Result<Self> {
+        let config = config.into();
+        config.validate(params.config())?;
+        let stages = config.stages.unwrap_or(params.config().n_layers.min(4));
+        let devices = vec![Device::cpu(); stages * config.tensor.world_size];
+        Self::on(params, &config, stages, &devices)
     }
 
+    /// Loads stage i onto `devices[i]`, each on a thread of its own. The list may mix GPUs of any vendor and the CPU, and may name a
+    /// device several times.
+    ///
+    /// # Errors
+    /// An empty list, more devices than layers, a device that can't be opened or has too little memory.
+    pub fn load_on_gpus(params: Parameters, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        Self::load_grid(params, ParallelConfig::pipeline(PipelineConfig::default().num_micro_batches), devices)
+    }
+
+    /// Loads a grid: the list is cut into `config`'s stages, by default a stage a device. `config`'s shares weight stages and ranks.
+    ///
+    /// # Errors
+    /// As [`Self::load_on_gpus`]; a list that the stages don't divide; shares that don't fit.
+    pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        let config = config.into();
+        let devices: Vec<Device> = devices.into_iter().collect();
+        Self::on(params, &config, config.stages.unwrap_or(devices.len()), &devices)
+    }
+}
+
+impl<By> ParallelMistral<By> {
     fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
         let world = ranks_per_stage(devices.len(), stages)?;
         let mut config = config.clone().stages(stages);
         config.tensor = TensorParallelConfig::new(world, 0);
         config.validate(params.config())?;
         let local: Vec<usize> = (0..world).collect();
-        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))? })
+        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))?, by: PhantomData })
     }
 
     /// The model's numbers.
@@ -168,11 +226,43 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn prefill_logits_in_chunks(&self, state: &mut InferenceState, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
-        self.grid.advance(state, tokens, How { want: Want::All, chunk, debug: false })
+        let logits = self.grid.advance(&mut [state], &[tokens], How { chunk, ..How::new(Want::All) })?;
+        Ok(logits.concat())
+    }
+
+    /// Computes one token of each of several sequences, of any lengths, in one launch that reads every weight once (on several stages, in
+    /// as many as there are micro-batches). Each advances by its token, and its logits land in its state: on CPUs the bits of
+    /// [`Self::forward`] on each alone. All or nothing: after an error all are as before.
+    ///
+    /// ```
+    /// use torchless::{InferenceState, Parameters, TensorParallelConfig, TensorParallelMistral};
+    ///
+    /// let model = TensorParallelMistral::load(Parameters::load("examples/models/tiny-stories")?, TensorParallelConfig::default())?;
+    /// let [mut one, mut other] = [InferenceState::new(model.config()), InferenceState::new(model.config())];
+    /// model.prefill(&mut one, &[1, 2, 3])?;
+    /// model.prefill(&mut other, &[4])?;
+    /// model.forward_batch(&mut [&mut one, &mut other], &[5, 6])?;
+    /// assert_eq!((one.tokens(), other.tokens()), (&[1, 2, 3, 5][..], &[4, 6][..]));
+    /// # Ok::<(), torchless::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Self::try_forward`]; another number of tokens than of states.
+    pub fn forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
+        let tokens: Vec<&[u32]> = tokens.iter().map(std::slice::from_ref).collect();
+        self.grid.advance(states, &tokens, How::new(Want::Last)).map(drop)
+    }
+
+    /// [`Self::forward_batch`] with the numerics of [`Self::fast_forward`].
+    ///
+    /// # Errors
+    /// As [`Self::forward_batch`].
+    pub fn fast_forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
+        self.forward_batch(states, tokens)
     }
 
     fn step(&self, state: &mut InferenceState, tokens: &[u32], debug: bool) -> Result<()> {
-        self.grid.advance(state, tokens, How { want: Want::Last, chunk: usize::MAX, debug }).map(drop)
+        self.grid.advance(&mut [state], &[tokens], How { debug, ..How::new(Want::Last) }).map(drop)
     }
 
     /// Every rank, where it is and what it holds.
@@ -186,7 +276,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// If the model's driver thread has ended.
     pub fn counts(&self) -> Result<Vec<PlaceCounts>> {
-        self.grid.counts()
+        self.grid.counts().map(|counts| counts.places)
     }
 
     /// All-reduces and gathers through the host so far.
@@ -194,7 +284,7 @@ impl TensorParallelMistral {
     /// # Errors
     /// If the model's driver thread has ended.
     pub fn collectives(&self) -> Result<u64> {
-        self.grid.collectives()
+        self.grid.counts().map(|counts| counts.collectives)
     }
 
     /// Pages of the KV cache that states hold now.
@@ -335,6 +425,7 @@ mod tests {
     fn what_callers_share_between_threads_is_send_and_sync() {
         fn check<T: Send + Sync>() {}
         check::<TensorParallelMistral>();
+        check::<PipelineParallelMistral>();
         check::<Parameters>();
         check::<Device>();
         check::<InferenceState>();

@@ -37,7 +37,8 @@ pub struct ParallelConfig {
     pub pipeline: PipelineConfig,
     /// Stages; `None` for min(4, layers) if this is [`Self::pipeline`]'s, otherwise 1.
     pub stages: Option<usize>,
-    /// What each rank should own in proportion to the others; `None` for the same.
+    /// What each rank of a stage should own in proportion to the others, the same in every stage; or one entry for each device of
+    /// the grid, stage after stage, which also weight the stages. `None` for all the same. [`Partition::new`] says more.
     pub shares: Option<Vec<f64>>,
     /// How products are cut for threads.
     pub work: WorkDistributionConfig,
@@ -78,7 +79,8 @@ impl ParallelConfig {
         self
     }
 
-    /// Sets what each rank should own in proportion to the others, such as `vec![3.0, 1.0]`.
+    /// Sets what each rank should own in proportion to the others, such as `vec![3.0, 1.0]`. Of several stages, one entry a rank
+    /// holds for every stage; one a device of the whole grid, stage after stage, gives a stage layers by the sum of its own.
     #[must_use]
     pub fn with_shares(mut self, shares: Vec<f64>) -> Self {
         self.shares = Some(shares);
@@ -108,7 +110,7 @@ impl ParallelConfig {
     ///
     /// # Errors
     /// No ranks, a rank outside its world, more ranks than query heads, stages that the layers can't fill, shares that aren't
-    /// one positive number a rank, or no micro-batches, threads or KV positions.
+    /// one positive number a rank or one a device, or no micro-batches, threads or KV positions.
     pub fn validate(&self, config: &Config) -> Result<()> {
         self.tensor.validate()?;
         Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
@@ -173,6 +175,8 @@ mod tests {
             ParallelConfig::for_model(&model),
             tensor(8, 7).stages(6),
             tensor(2, 0).with_shares(vec![1000.0, 1.0]).threads(1).kv_positions(1),
+            tensor(2, 0).stages(2).with_shares(vec![4.0, 3.0, 2.0, 1.0]),
+            ParallelConfig::default().stages(2).with_shares(vec![3.0, 1.0]),
         ] {
             good.validate(&model).unwrap_or_else(|e| panic!("{good:?}: {e}"));
         }
@@ -184,6 +188,7 @@ mod tests {
             (ParallelConfig::default().stages(7), "7 stages cannot share 6 layers"),
             (tensor(2, 0).with_shares(vec![1.0]), "[1.0] do not fit 2 ranks"),
             (tensor(2, 0).with_shares(vec![1.0, 0.0]), "[1.0, 0.0] do not fit 2 ranks"),
+            (tensor(2, 0).stages(3).with_shares(vec![1.0; 3]), "[1.0, 1.0, 1.0] do not fit 2 ranks in each of 3 stages"),
             (ParallelConfig::pipeline(0), "num_micro_batches 0"),
             (ParallelConfig::default().threads(0), "threads 0"),
             (ParallelConfig::default().threads(1025), "threads 1025"),

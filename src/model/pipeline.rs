@@ -57,6 +57,11 @@ impl PipelineState {
         self.in_flight.front() == Some(&(self.num_stages - 1))
     }
 
+    /// The stage of every item in flight, the oldest first.
+    pub(crate) fn stages(&self) -> impl Iterator<Item = usize> {
+        self.in_flight.iter().copied()
+    }
+
     /// Takes the item in the last stage out and returns its number. No other item moves.
     pub fn pop(&mut self) -> Option<usize> {
         if !self.has_output() {

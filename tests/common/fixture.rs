@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use safetensors::SafeTensors;
-use torchless::{Config, InferenceState, Parameters, Result, TensorParallelMistral};
+use torchless::{Config, InferenceState, ParallelMistral, Parameters, Result};
 
 /// All checkpoints of tests/fixtures.
 pub const ALL: [&str; 6] = ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied"];
@@ -63,7 +63,7 @@ pub fn argmax(logits: &[f32]) -> u32 {
 }
 
 /// The greedy continuation of what is in the state, `n` tokens of it.
-pub fn greedy(model: &TensorParallelMistral, state: &mut InferenceState, n: usize) -> Result<Vec<u32>> {
+pub fn greedy<By>(model: &ParallelMistral<By>, state: &mut InferenceState, n: usize) -> Result<Vec<u32>> {
     let mut out = Vec::new();
     while out.len() < n {
         let token = argmax(state.logits());
@@ -74,7 +74,7 @@ pub fn greedy(model: &TensorParallelMistral, state: &mut InferenceState, n: usiz
 }
 
 /// Logits at every position and the greedy continuation of every case, held against the fixture's. The largest difference.
-pub fn check(name: &str, model: &TensorParallelMistral, tolerance: f32) -> Result<f32, String> {
+pub fn check<By>(name: &str, model: &ParallelMistral<By>, tolerance: f32) -> Result<f32, String> {
     let config: &Config = model.config();
     let mut worst = 0.0f32;
     for case in cases(name) {
