@@ -122,9 +122,16 @@ impl CpuPlace {
 
     fn make_pages(&mut self, batch: &Batch) {
         let words = self.kv_offset(self.parts.len() - 1, self.plan.layers);
-        let most = batch.seqs.iter().flat_map(|s| &s.pages).max().map_or(0, |&p| p as usize + 1);
+        let pages = batch.seqs.iter().flat_map(|s| &s.pages).chain(batch.copies.as_flattened());
+        let most = pages.max().map_or(0, |&p| p as usize + 1);
         while self.pages.len() < most {
             self.pages.push(vec![0; words]);
+        }
+    }
+
+    fn copy_pages(&mut self, copies: &[[PageId; 2]]) {
+        for &[from, to] in copies {
+            self.pages[to as usize] = self.pages[from as usize].clone();
         }
     }
 
@@ -300,6 +307,9 @@ impl Place for CpuPlace {
 
     fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.make_pages(batch);
+        if segment.0 == 0 {
+            self.copy_pages(&batch.copies);
+        }
         self.size_buffers(batch);
         let segment_spec = self.plan.segments[segment.0].clone();
         if let (Some(write), Flow::Host(input)) = (segment_spec.write, input) {

@@ -67,7 +67,7 @@ pub(crate) struct Batch {
     pub seqs: Vec<Seq>,
     /// Indices into `rows` of those whose logits are wanted, rising.
     pub wanted: Vec<u32>,
-    /// Pages to be copied, `[from, to]`, before anything else is done: a sequence that shares a page with another writes a copy of it.
+    /// Pages to be copied, `[from, to]`, before anything else is done, in the stage's first segment: a sequence that shares a page with another writes a copy of it.
     pub copies: Vec<[PageId; 2]>,
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,

@@ -1,5 +1,6 @@
 //! Lowering: from a plan's ops to dispatches with their pipelines, bind groups and shapes, once, when a model is loaded.
 
+use super::cache::{Cache, Caches};
 use super::dispatch::{Dispatch, Size};
 use super::gpu::Gpu;
 use super::moment::Moment;
@@ -39,10 +40,12 @@ struct Call {
     buffers: Vec<wgpu::Buffer>,
 }
 
-/// Keys and values of one layer and rank.
-struct Cache {
-    keys: wgpu::Buffer,
-    values: wgpu::Buffer,
+/// What [`Lowerer`] made.
+pub(super) struct Lowered {
+    pub dispatches: Vec<Dispatch>,
+    pub caches: Caches,
+    /// Of each hosted rank: its logical weights, in their dtype.
+    pub weight_bytes: Vec<u64>,
 }
 
 /// Makes everything that a place keeps on its device.
@@ -57,8 +60,8 @@ pub(super) struct Lowerer<'a> {
     /// `[layer][rank]`.
     caches: Vec<Vec<Cache>>,
     calls: Vec<Call>,
-    /// Of each hosted rank: its logical weights, in their dtype.
-    pub weight_bytes: Vec<u64>,
+    /// See [`Lowered::weight_bytes`].
+    weight_bytes: Vec<u64>,
 }
 
 impl<'a> Lowerer<'a> {
@@ -70,8 +73,7 @@ impl<'a> Lowerer<'a> {
         moment: &'a Moment,
         tuning: Tuning,
     ) -> Result<Self> {
-        let storage = wgpu::BufferUsages::STORAGE;
-        let copied = storage | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let copied = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
         let mut activations = Vec::new();
         for (i, spec) in assignment.plan.bufs.iter().enumerate() {
             let rows = if spec.rows == Rows::All { room.rows } else { room.wanted };
@@ -86,8 +88,7 @@ impl<'a> Lowerer<'a> {
         for _ in 0..assignment.plan.layers {
             let mut parts = Vec::new();
             for &rank in &assignment.ranks {
-                let bytes = room.pages.max(1) as u64 * room::page_bytes(assignment, rank);
-                parts.push(Cache { keys: gpu.buffer("keys", bytes, storage)?, values: gpu.buffer("values", bytes, storage)? });
+                parts.push(Cache::new(gpu, room.pages, room::page_bytes(assignment, rank))?);
             }
             caches.push(parts);
         }
@@ -264,7 +265,7 @@ impl<'a> Lowerer<'a> {
     }
 
     /// Uploads the shapes and binds everything.
-    pub(super) fn finish(mut self) -> Result<(Vec<Dispatch>, Vec<u64>)> {
+    pub(super) fn finish(mut self) -> Result<Lowered> {
         let gpu = self.gpu;
         let size = SLOT * self.calls.len().max(1);
         let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
@@ -291,7 +292,8 @@ impl<'a> Lowerer<'a> {
             let Call { rows, size, pipelines, .. } = call;
             dispatches.push(Dispatch { rows, size, pipelines, bind });
         }
-        Ok((dispatches, self.weight_bytes))
+        let caches = Caches::new(gpu, self.caches.into_iter().flatten().collect())?;
+        Ok(Lowered { dispatches, caches, weight_bytes: self.weight_bytes })
     }
 }
 

@@ -1,6 +1,7 @@
 //! The wgpu backend: a [`Place`](super::Place) on an adapter of any vendor.
 
 pub(crate) mod adapters;
+mod cache;
 mod dispatch;
 mod gpu;
 mod lower;

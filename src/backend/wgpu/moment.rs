@@ -1,6 +1,7 @@
 //! The moment: what changes from batch to batch, in buffers that are sized at load.
 
 use super::gpu::Gpu;
+use super::room::Bounds;
 use crate::backend::{Batch, Room};
 use crate::error::Result;
 
@@ -24,11 +25,11 @@ pub(super) struct Moment {
 }
 
 impl Moment {
-    pub(super) fn new(gpu: &Gpu, room: Room, head_dim: usize) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu, bounds: Bounds, room: Room, head_dim: usize) -> Result<Self> {
         let buffer = |what: &str, words: usize, usage| gpu.buffer(what, 4 * words.max(4) as u64, usage | wgpu::BufferUsages::COPY_DST);
         let storage = wgpu::BufferUsages::STORAGE;
-        // Sequences share pages only by whole prefixes; rows of their own are one page more for each.
-        let entries = room.rows + room.pages;
+        // Sequences share pages, so that each may have all of them.
+        let entries = (room.rows * room.pages).min((bounds.binding / 4) as usize);
         Ok(Self {
             counts: buffer("the numbers of rows", 4, wgpu::BufferUsages::UNIFORM)?,
             positions: buffer("the positions", 2 * room.rows, storage)?,

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
 use std::time::Duration;
 
+use super::cache::Caches;
 use super::dispatch::Dispatch;
 use super::gpu::{Gpu, Owner};
-use super::lower::{Activation, Lowerer};
+use super::lower::{Activation, Lowered, Lowerer};
 use super::moment::Moment;
 use super::room::{self, Bounds};
 use super::shaders::Tuning;
@@ -59,6 +60,7 @@ pub(crate) struct GpuPlace {
     moment: Moment,
     segments: Vec<Segment>,
     dispatches: Vec<Dispatch>,
+    caches: Caches,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
     tiled: usize,
@@ -104,7 +106,7 @@ impl GpuPlace {
         }
 
         let gpu = Gpu::open(adapter, bounds.binding, owner)?;
-        let moment = Moment::new(&gpu, room, assignment.config.head_dim)?;
+        let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
         let mut segments = Vec::new();
         for (i, segment) in assignment.plan.segments.iter().enumerate() {
@@ -119,7 +121,7 @@ impl GpuPlace {
                 read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
             });
         }
-        let (dispatches, weight_bytes) = lowerer.finish()?;
+        let Lowered { dispatches, caches, weight_bytes } = lowerer.finish()?;
 
         let most = segments.iter().map(|s| read_bytes(&s.read, room.rows, room.wanted)).max().unwrap_or(0).max(16);
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
@@ -131,6 +133,7 @@ impl GpuPlace {
             moment,
             segments,
             dispatches,
+            caches,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
             tiled: tuning.tiled,
             staging,
@@ -193,6 +196,9 @@ impl Place for GpuPlace {
 
         let lowered = &self.segments[segment.0];
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if segment.0 == 0 {
+            self.caches.copy(&mut encoder, &batch.copies);
+        }
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
             if dispatch.encode(&mut pass, batch, self.dimension, self.tiled) {

@@ -3,7 +3,7 @@
 use half::f16;
 
 use super::rig::{Model, Numbers, assert_close, f64s, gpus, linear, matrix, run, tunings};
-use crate::backend::{KvType, Room, Row, Seq};
+use crate::backend::{KvType, Place, Room, Row, Seq};
 use crate::kernels::matrix::DType;
 use crate::partition::{Dim, RankPartition};
 use crate::plan::ColumnParallel;
@@ -180,5 +180,56 @@ fn heads_of_512_fit() {
         let batch = model.batch(1, rows(0, 0..3), vec![Seq { pages: vec![0], first_page: 0 }], KvType::F16);
         let expected = attend(&model, &x, KvType::F16);
         assert_close(&run(&mut place, &batch, &x), &expected, tolerance(KvType::F16), &device.to_string());
+    }
+}
+
+#[test]
+fn a_copied_page_reads_like_the_original_and_is_written_alone() {
+    // Ranks of different widths, so that pages differ in size.
+    let model = model(12, 6, 2, &[0, 4, 6]);
+    let mut places: Vec<Box<dyn Place>> = vec![Box::new(model.on_cpu())];
+    places.extend(gpus().iter().map(|device| Box::new(model.on(device, ROOM).unwrap()) as Box<dyn Place>));
+    for place in &mut places {
+        for (kv, stored) in [(KvType::F32, 70), (KvType::F16, 130)] {
+            let x = Numbers::new(12).take((stored + 2) * HIDDEN);
+            let mut other = x.clone();
+            other[stored * HIDDEN..].copy_from_slice(&Numbers::new(13).take(2 * HIDDEN));
+            let step = |place: &mut dyn Place, x: &[f32], number: u64, copies: &[[u32; 2]], page: u32, at: usize| {
+                let seqs = vec![Seq { pages: vec![4, page], first_page: 0 }];
+                let mut batch = model.batch(number, rows(0, at as u32..at as u32 + 1), seqs, kv);
+                batch.copies = copies.to_vec();
+                run(place, &batch, &x[at * HIDDEN..(at + 1) * HIDDEN])
+            };
+            let first = stored as u64;
+            let seqs = vec![Seq { pages: vec![4, 7], first_page: 0 }];
+            run(place.as_mut(), &model.batch(first, rows(0, 0..stored as u32), seqs, kv), &x[..stored * HIDDEN]);
+            // Two copies, the second of the first.
+            let copied = step(place.as_mut(), &x, first + 1, &[[7, 2], [2, 5]], 5, stored);
+            let what = format!("{} {kv:?}", place.device());
+            assert_eq!(copied, step(place.as_mut(), &x, first + 2, &[], 7, stored), "{what}: the same bits");
+            let all = attend(&model, &other, kv);
+            let expected = |at: usize| by_rank(&model, &all[at * 72..(at + 1) * 72]);
+            for (at, number) in [(stored, first + 3), (stored + 1, first + 4)] {
+                let found = step(place.as_mut(), &other, number, &[], 5, at);
+                assert_close(&found, &expected(at), tolerance(kv), &format!("{what}: the copy goes its own way"));
+            }
+            let all = attend(&model, &x, kv);
+            let expected = by_rank(&model, &all[(stored + 1) * 72..]);
+            let found = step(place.as_mut(), &x, first + 5, &[], 7, stored + 1);
+            assert_close(&found, &expected, tolerance(kv), &format!("{what}: the original is as it was"));
+        }
+    }
+}
+
+#[test]
+fn many_sequences_may_share_all_pages() {
+    for device in gpus() {
+        let model = model(8, 2, 1, &[0, 2]);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let x = Numbers::new(5).take(HIDDEN);
+        let seq = Seq { pages: (0..ROOM.pages as u32).collect(), first_page: 0 };
+        let rows: Vec<Row> = (0..ROOM.rows as u32).map(|seq| Row { seq, pos: 0 }).collect();
+        let found = run(&mut place, &model.batch(1, rows, vec![seq; ROOM.rows], KvType::F32), &x.repeat(ROOM.rows));
+        assert_close(&found, &attend(&model, &x, KvType::F32).repeat(ROOM.rows), 3e-5, &device.to_string());
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use half::{bf16, f16};
 use memmap2::MmapMut;
 
+use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
 use crate::backend::{Assignment, Batch, Flow, KvType, Place, Room, Row, Seq};
@@ -16,6 +17,8 @@ use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
 use crate::kernels::matrix::{DType, Matrix};
+use crate::kernels::parallel::WorkDistributionConfig;
+use crate::kernels::pool::Pool;
 use crate::partition::{RankPartition, StagePartition};
 use crate::plan::{Plan, Recorder, SegmentId};
 
@@ -167,6 +170,12 @@ impl Model {
         self.assign(|assignment| GpuPlace::new(device, assignment, room))
     }
 
+    /// The reference: the same on the CPU.
+    pub(super) fn on_cpu(&self) -> CpuPlace {
+        let threads = Threads { pool: Arc::new(Pool::new(Some(1)).unwrap()), work: WorkDistributionConfig::default() };
+        self.assign(|assignment| CpuPlace::new(&assignment, &threads)).unwrap()
+    }
+
     /// A batch of `rows` positions of one sequence, from 0, whose logits are all wanted.
     pub(super) fn rows(&self, number: u64, rows: usize) -> Batch {
         let pages = (0..rows.div_ceil(64) as u32).collect();
@@ -188,11 +197,11 @@ impl Model {
 pub(super) const ROOM: Room = Room { rows: 70, wanted: 70, pages: 12 };
 
 /// Launches the plan's only segment, waits, and reads.
-pub(super) fn run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Vec<f32> {
+pub(super) fn run(place: &mut dyn Place, batch: &Batch, input: &[f32]) -> Vec<f32> {
     try_run(place, batch, input).unwrap()
 }
 
-pub(super) fn try_run(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
+pub(super) fn try_run(place: &mut dyn Place, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
     place.launch(SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
     for _ in 0..60 {
         if let Poll::Ready(()) = place.poll(Duration::from_secs(1))? {
