@@ -43,6 +43,7 @@ mod params;
 mod partition;
 mod plan;
 mod sampler;
+mod timeline;
 mod tokenizer;
 mod trace;
 
@@ -65,4 +66,5 @@ pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
 pub use sampler::{Sampler, SamplerOptions};
+pub use timeline::{Busy, Timeline};
 pub use tokenizer::{Decoder, Tokenizer};

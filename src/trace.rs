@@ -20,15 +20,25 @@ pub(crate) enum Category {
     Read,
     Reduce,
     Write,
+    /// The scheduler chose what runs next, or a stage waited for its next micro-batch.
+    Schedule,
 }
 
 impl Category {
+    const ALL: [Self; 5] = [Self::Compute, Self::Read, Self::Reduce, Self::Write, Self::Schedule];
+
+    /// The category of that name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|category| category.name() == name)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Compute => "compute",
             Self::Read => "read",
             Self::Reduce => "reduce",
             Self::Write => "write",
+            Self::Schedule => "schedule",
         }
     }
 }
@@ -91,12 +101,14 @@ impl Trace {
         }
     }
 
-    /// Seconds spent on each category, summed over rows: compute, read, reduce, write.
+    /// Seconds spent on micro-batches, summed over rows: compute, read, reduce, write.
     pub(crate) fn seconds(&self) -> [f64; 4] {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sums = [0.0; 4];
         for span in &spans.0 {
-            sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+            if span.category != Category::Schedule {
+                sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+            }
         }
         sums
     }
