@@ -87,6 +87,10 @@ pub enum Error {
     #[error("{option} {value} makes no sense: {right}")]
     Option { option: &'static str, value: String, right: &'static str },
 
+    /// A file that was taken for a trace.
+    #[error("{name} is no trace that can be drawn: {problem}")]
+    Trace { name: String, problem: String },
+
     /// An empty device list.
     #[error("the device list is empty; name at least one device, such as \"cpu\"")]
     NoDevices,

@@ -44,6 +44,7 @@ mod partition;
 mod plan;
 mod sampler;
 mod scheduler;
+mod timeline;
 mod tokenizer;
 mod trace;
 
@@ -67,4 +68,5 @@ pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
 pub use sampler::{Sampler, SamplerOptions};
 pub use scheduler::{Completion, Scheduler, SchedulerConfig, SchedulerCounts};
+pub use timeline::{Busy, Timeline};
 pub use tokenizer::{Decoder, Tokenizer};

@@ -46,11 +46,6 @@ impl PagePool {
         self.pages().held()
     }
 
-    /// Pages that nobody holds.
-    pub(crate) fn free_pages(&self) -> usize {
-        self.total - self.held()
-    }
-
     fn take(&self, wanted: usize, page_len: usize, most: usize) -> Result<Vec<PageId>> {
         let mut pages = self.pages();
         let total = self.total.min(most);

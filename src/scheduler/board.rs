@@ -111,7 +111,7 @@ impl Board {
         let Some(youngest) = ready.iter().chain(&*passed).map(|request| request.id).max().filter(|&youngest| youngest > id) else {
             return false;
         };
-        let mut take = |queue: &mut VecDeque<Request>| {
+        let take = |queue: &mut VecDeque<Request>| {
             let at = queue.iter().position(|request| request.id == youngest);
             at.and_then(|at| queue.remove(at))
         };

@@ -3,6 +3,7 @@
 use super::Hub;
 use super::board::{Board, Request};
 use crate::error::{Error, Result};
+use crate::generate::Token;
 use crate::model::advance::{How, Want};
 use crate::model::kv::Lease;
 
@@ -121,57 +122,56 @@ impl Hub {
     }
 
     /// Chooses the tokens of those that have computed all they had, and puts every request where it belongs.
-    fn hand_out(&self, turns: Vec<Turn>, outcome: Result<()>) {
-        let (in_step, tokens) = (turns.len(), turns.iter().map(|turn| turn.tokens).sum());
-        let after: Vec<After> = match outcome {
-            Ok(()) => turns.into_iter().map(|turn| self.after(turn)).collect(),
-            Err(e) => {
-                let failed = |turn: Turn| turn.request.fail(Error::Request(e.to_string()));
-                turns.into_iter().for_each(failed);
-                Vec::new()
-            }
+    fn hand_out(&self, mut turns: Vec<Turn>, outcome: Result<()>) {
+        let chosen: Vec<Option<Result<Token>>> = match &outcome {
+            Ok(()) => turns.iter_mut().map(|turn| self.choose(turn)).collect(),
+            Err(e) => turns.iter().map(|_| Some(Err(Error::Request(e.to_string())))).collect(),
         };
+        // Whoever hears of a token finds the board as it is after it.
         let mut board = self.board();
-        board.in_steps -= in_step;
-        board.count_step(tokens);
-        for After { request, prefix } in after {
-            if let Some((tokens, lease)) = prefix {
-                board.keep(tokens, lease);
-            }
-            board.ready.extend(request);
+        board.in_steps -= turns.len();
+        board.count_step(turns.iter().map(|turn| turn.tokens).sum());
+        for (Turn { request, .. }, token) in turns.into_iter().zip(chosen) {
+            self.put_back(&mut board, request, token);
         }
         drop(board);
         self.changed.notify_all();
     }
 
-    fn after(&self, turn: Turn) -> After {
-        let Turn { mut request, tokens } = turn;
-        request.todo.drain(..tokens);
+    /// The next token of a text all of whose tokens are computed.
+    fn choose(&self, turn: &mut Turn) -> Option<Result<Token>> {
+        let request = &mut turn.request;
+        request.todo.drain(..turn.tokens);
+        (request.todo.is_empty() && !request.is_cancelled()).then(|| request.course.next(&request.state, self.limit))
+    }
+
+    fn put_back(&self, board: &mut Board, mut request: Request, token: Option<Result<Token>>) {
         if request.is_cancelled() {
-            return After { request: None, prefix: None };
+            return;
         }
-        if !request.todo.is_empty() {
-            return After { request: Some(request), prefix: None };
-        }
-        let token = match request.course.next(&request.state, self.limit) {
-            Ok(token) => token,
-            Err(e) => {
-                request.fail(e);
-                return After { request: None, prefix: None };
-            }
-        };
-        let (id, is_last) = (token.id, token.finish.is_some());
-        let heard = request.tokens.unbounded_send(Ok(token)).is_ok();
+        let Some(token) = token else { return board.ready.push_back(request) };
+        let (id, is_last) = token.as_ref().map_or((0, true), |token| (token.id, token.finish.is_some()));
+        let failed = token.is_err();
         let was_prompt = std::mem::replace(&mut request.is_prompt, false);
-        request.todo.push(id);
-        let keeps = self.config.reuse_prefixes;
-        match (heard, is_last) {
-            (false, _) => After { request: None, prefix: None },
-            (true, true) if keeps => After { prefix: request.state.give_up(), request: None },
-            (true, true) => After { request: None, prefix: None },
-            (true, false) if was_prompt && keeps => After { prefix: self.whole_pages(&request), request: Some(request) },
-            (true, false) => After { request: Some(request), prefix: None },
+        let prefix = match is_last {
+            _ if failed || !self.config.reuse_prefixes => None,
+            true => request.state.give_up(),
+            false if was_prompt => self.whole_pages(&request),
+            false => None,
+        };
+        if let Some((tokens, lease)) = prefix {
+            board.keep(tokens, lease);
         }
+        let tokens = request.tokens.clone();
+        if is_last {
+            // Its pages are free before its last token is heard.
+            drop(request);
+        } else {
+            request.todo.push(id);
+            board.ready.push_back(request);
+        }
+        // Nobody need be there to hear it: then the next step drops it.
+        let _ = tokens.unbounded_send(token);
     }
 
     /// The whole pages of a running request, to be shared with others: a page that is still written would have to be copied.
@@ -181,10 +181,4 @@ impl Hub {
         let lease = request.state.lease.as_ref()?.fork(n, request.state.config.first_seen(n))?;
         (n > 0).then(|| (tokens[..n].to_vec(), lease))
     }
-}
-
-/// What becomes of a request after its step: it goes on or not, and something of it is kept or not.
-struct After {
-    request: Option<Request>,
-    prefix: Option<(Vec<u32>, Lease)>,
 }

@@ -24,8 +24,8 @@ use board::{Board, Request};
 pub struct SchedulerConfig {
     /// Requests that run at once, at most; others wait. 64 by default.
     pub max_sequences: usize,
-    /// Bytes of keys and values that all requests and kept prefixes together may take, over all devices, in whole pages; `None`, the default, for
-    /// all that the model's cache has.
+    /// Bytes of keys and values that all requests and kept prefixes together may take, over all devices, in whole pages; `None`, the
+    /// default, for all that the model's cache has. What other users of the model hold counts too.
     pub kv_memory: Option<usize>,
     /// Rows of prompts that a step computes beside the tokens of running texts, at most: fewer let those wait less, more read the
     /// weights less often. 128 by default.
@@ -251,6 +251,3 @@ impl std::fmt::Debug for Completion {
         f.debug_struct("Completion").field("id", &self.id).finish_non_exhaustive()
     }
 }
-
-#[cfg(test)]
-mod tests;
