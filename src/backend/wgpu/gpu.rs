@@ -49,7 +49,7 @@ fn recorded(report: &Report) -> Option<String> {
     report.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// An opened wgpu device with its queue.
+/// An opened wgpu device with its queue, as one of its owners has it: what goes wrong is told to all of them.
 pub(super) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
@@ -60,7 +60,7 @@ pub(super) struct Gpu {
 }
 
 impl Gpu {
-    /// Opens a device of its own on an adapter, on which no kernel sees more than `binding` bytes of a buffer.
+    /// Opens an adapter, on which no kernel sees more than `binding` bytes of a buffer.
     pub(super) fn open(adapter: &Adapter, binding: u64, owner: Owner) -> Result<Self> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some(&owner.device),
@@ -82,6 +82,12 @@ impl Gpu {
         let report = Arc::clone(&failed);
         device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| record(&report, e.to_string())));
         Ok(Self { device, queue, owner, spins: !adapter.is_software(), lost, failed })
+    }
+
+    /// The same device for another owner.
+    pub(super) fn shared_with(&self, owner: Owner) -> Self {
+        let (device, queue) = (self.device.clone(), self.queue.clone());
+        Self { device, queue, owner, spins: self.spins, lost: self.lost.clone(), failed: self.failed.clone() }
     }
 
     /// An error if the device was lost, or refused something that no scope caught.
@@ -125,8 +131,10 @@ impl Gpu {
 
     /// One look at the device, or one wait for a submission that lasts at most `timeout`. Whether it is done, callbacks tell.
     fn poll_once(&self, poll: wgpu::PollType) -> Result<()> {
-        // wgpu panics where the driver reports the loss to a wait.
-        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(poll)));
+        // wgpu panics where the driver reports the loss to a wait. It also does where, of two threads that wait on one device, one
+        // has cleared up after a submission that the other just gave up waiting for: then a second look finds all well.
+        let look = || catch_unwind(AssertUnwindSafe(|| self.device.poll(poll.clone())));
+        let polled = look().or_else(|_| look());
         self.check()?;
         match polled {
             Ok(Ok(_) | Err(wgpu::PollError::Timeout)) => Ok(()),
