@@ -1,6 +1,7 @@
 //! [`Gpu`]: an opened device, its errors and its waits.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,9 @@ const SLICE: Duration = Duration::from_millis(100);
 
 /// How long the host spins before it blocks, on hardware: a blocking wait costs up to a millisecond there.
 const SPIN: Duration = Duration::from_micros(200);
+
+/// How long the host sleeps between two looks at a device on which several threads wait.
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// The longest that an upload may stand still.
 const STALLED: Duration = Duration::from_secs(60);
@@ -50,11 +54,13 @@ fn recorded(report: &Report) -> Option<String> {
 }
 
 /// An opened wgpu device with its queue, as one of its owners has it: what goes wrong is told to all of them.
+#[derive(Clone)]
 pub(super) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub owner: Owner,
     spins: bool,
+    is_shared: Arc<AtomicBool>,
     lost: Report,
     failed: Report,
 }
@@ -81,13 +87,13 @@ impl Gpu {
         });
         let report = Arc::clone(&failed);
         device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| record(&report, e.to_string())));
-        Ok(Self { device, queue, owner, spins: !adapter.is_software(), lost, failed })
+        Ok(Self { device, queue, owner, spins: !adapter.is_software(), is_shared: Arc::default(), lost, failed })
     }
 
-    /// The same device for another owner.
+    /// The same device for another owner, who may be on another thread.
     pub(super) fn shared_with(&self, owner: Owner) -> Self {
-        let (device, queue) = (self.device.clone(), self.queue.clone());
-        Self { device, queue, owner, spins: self.spins, lost: self.lost.clone(), failed: self.failed.clone() }
+        self.is_shared.store(true, Ordering::Relaxed);
+        Self { owner, ..self.clone() }
     }
 
     /// An error if the device was lost, or refused something that no scope caught.
@@ -131,10 +137,8 @@ impl Gpu {
 
     /// One look at the device, or one wait for a submission that lasts at most `timeout`. Whether it is done, callbacks tell.
     fn poll_once(&self, poll: wgpu::PollType) -> Result<()> {
-        // wgpu panics where the driver reports the loss to a wait. It also does where, of two threads that wait on one device, one
-        // has cleared up after a submission that the other just gave up waiting for: then a second look finds all well.
-        let look = || catch_unwind(AssertUnwindSafe(|| self.device.poll(poll.clone())));
-        let polled = look().or_else(|_| look());
+        // wgpu panics where the driver reports the loss to a wait.
+        let polled = catch_unwind(AssertUnwindSafe(|| self.device.poll(poll)));
         self.check()?;
         match polled {
             Ok(Ok(_) | Err(wgpu::PollError::Timeout)) => Ok(()),
@@ -153,6 +157,12 @@ impl Gpu {
         }
         while !done() {
             let Some(left) = bound.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else { return Ok(false) };
+            if self.is_shared.load(Ordering::Relaxed) {
+                // A wait that times out panics within wgpu if another thread's wait just saw the end.
+                std::thread::sleep(left.min(PAUSE));
+                self.poll_once(wgpu::PollType::Poll)?;
+                continue;
+            }
             let timeout = Some(left.min(SLICE));
             self.poll_once(wgpu::PollType::Wait { submission_index: Some(index.clone()), timeout })?;
         }
@@ -162,10 +172,10 @@ impl Gpu {
     /// Submits what was written so far and waits for it, so that wgpu lets go of its staging memory.
     pub(super) fn flush(&self) -> Result<()> {
         let index = self.queue.submit([]);
-        let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let done = Arc::new(AtomicBool::new(false));
         let signal = Arc::clone(&done);
-        self.queue.on_submitted_work_done(move || signal.store(true, std::sync::atomic::Ordering::Release));
-        match self.wait(&index, STALLED, || done.load(std::sync::atomic::Ordering::Acquire))? {
+        self.queue.on_submitted_work_done(move || signal.store(true, Ordering::Release));
+        match self.wait(&index, STALLED, || done.load(Ordering::Acquire))? {
             true => Ok(()),
             false => Err(self.lost(format!("an upload did not end within {} s", STALLED.as_secs()))),
         }

@@ -15,8 +15,8 @@ impl Opened {
         if let Some((_, gpu)) = self.0.iter().find(|(opened, _)| opened.shares_place_with(device)) {
             return Ok(gpu.shared_with(owner));
         }
-        let gpu = Gpu::open(adapter, binding, owner.clone())?;
-        self.0.push((device.clone(), gpu.shared_with(owner)));
+        let gpu = Gpu::open(adapter, binding, owner)?;
+        self.0.push((device.clone(), gpu.clone()));
         Ok(gpu)
     }
 }

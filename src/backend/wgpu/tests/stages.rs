@@ -116,8 +116,9 @@ fn two_threads_on_one_device_do_not_disturb_each_other() {
         let within = Duration::from_micros(30);
         let (sender, flows) = std::sync::mpsc::sync_channel(4);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
-                for (batch, x) in &batches {
+            let sent = &batches;
+            scope.spawn(move || {
+                for (batch, x) in sent {
                     sender.send(passed(&mut first, batch, x, within).unwrap()).unwrap();
                 }
             });
