@@ -36,7 +36,7 @@ fn decode(model: &PipelineParallelMistral, n: usize, steps: usize) -> f64 {
     let callers = model.ranks().last().unwrap().stage + 1;
     let mut states: Vec<InferenceState> = (0..n).map(|_| InferenceState::new(model.config())).collect();
     for (i, state) in states.iter_mut().enumerate() {
-        model.prefill(state, &vec![i as u32 + 1; CONTEXT]).unwrap();
+        model.prefill(state, &[i as u32 + 1; CONTEXT]).unwrap();
     }
     let start = Instant::now();
     std::thread::scope(|scope| {

@@ -121,7 +121,7 @@ fn wrong_usage_is_one_sentence_and_status_2() {
             ("tokenize --model {model}", "--text"),
             ("tokenize --model {model} --text a --file b", "--file"),
             ("logits --model {model} --tokens {ids}", "--out"),
-            ("bench --model {model} --batch 2", "must be 1"),
+            ("bench --model {model} --batch 0", "1..=4096"),
             ("bench --model {model} --decode-tokens 0", "--decode-tokens"),
             ("timeline", "<FILE>"),
             ("timeline {trace} --from 5 --to 5", "to 5 makes no sense"),

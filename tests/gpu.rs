@@ -76,6 +76,27 @@ fn stages_on_different_devices_pass_their_rows_on() {
 }
 
 #[test]
+fn stages_on_one_adapter_keep_what_they_pass_on_it() {
+    let (plain, pipeline) = (ParallelConfig::default().stages(2), ParallelConfig::pipeline(3).stages(2));
+    for (i, gpu) in gpus().into_iter().enumerate() {
+        let isolated = gpu.clone().isolated();
+        // Every fixture on the first adapter, one on the others.
+        for name in fixture::ALL.into_iter().filter(|name| i == 0 || *name == "uneven") {
+            for (config, device) in [(&plain, &gpu), (&pipeline, &gpu), (&pipeline, &isolated)] {
+                let model = TensorParallelMistral::load_grid(fixture::load(name), config.clone(), vec![device.clone(); 2]).unwrap();
+                fixture::check(name, &model, TOLERANCE).unwrap_or_else(|e| panic!("{device:?}: {e}"));
+                let counts = model.counts().unwrap();
+                let [first, second] = counts[..] else { panic!("{device:?}: {} places", counts.len()) };
+                assert!(first.bytes_written > 0 && second.bytes_read > 0, "{device:?}: rows go in and logits come out");
+                assert_eq!(first.bytes_read, second.bytes_written, "{device:?}");
+                assert_eq!(first.bytes_read > 0, std::ptr::eq(device, &isolated), "{device:?}: what crosses from stage to stage");
+            }
+            check(name, vec![gpu.clone(); 4], &pipeline);
+        }
+    }
+}
+
+#[test]
 fn bindings_of_64_kib_change_nothing() {
     let Some(gpu) = gpus().into_iter().next() else { return };
     for name in fixture::ALL {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts};
 use crate::config::Config;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::attend::{KvShape, attend, store_kv};
 use crate::kernels::linear::linear_rows;
 use crate::kernels::matrix::Matrix;
@@ -52,6 +52,7 @@ pub(crate) struct Threads {
 }
 
 pub(crate) struct CpuPlace {
+    stage: usize,
     plan: Plan,
     config: Config,
     ranks: Vec<usize>,
@@ -94,6 +95,7 @@ impl CpuPlace {
             })
             .collect();
         let mut place = Self {
+            stage: assignment.stage,
             plan: (*plan).clone(),
             config: (*config).clone(),
             ranks: ranks.clone(),
@@ -312,9 +314,13 @@ impl Place for CpuPlace {
         }
         self.size_buffers(batch);
         let segment_spec = self.plan.segments[segment.0].clone();
-        if let (Some(write), Flow::Host(input)) = (segment_spec.write, input) {
+        if let Some(write) = segment_spec.write {
+            let Some(input) = input.host() else {
+                let problem = "rows were passed to it that lie on a GPU".into();
+                return Err(Error::Device { stage: self.stage, ranks: self.ranks.clone(), device: self.device().into(), problem });
+            };
             self.bufs[write.0][0].data.copy_from_slice(input);
-            self.counts.bytes_written += size_of_val(&input[..]) as u64;
+            self.counts.bytes_written += size_of_val(input) as u64;
         }
         let ops = self.plan.ops_of(segment).to_vec();
         self.counts.ops += (ops.len() * self.parts.len()) as u64;

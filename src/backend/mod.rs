@@ -79,6 +79,20 @@ pub(crate) struct Batch {
 pub(crate) enum Flow {
     /// In the host's memory.
     Host(Vec<f32>),
+    /// On the GPU that computed them, where the next stage lives too.
+    #[cfg(feature = "gpu")]
+    Device(wgpu::Handover),
+}
+
+impl Flow {
+    /// The rows, if they are in the host's memory.
+    pub(crate) fn host(&self) -> Option<&[f32]> {
+        match self {
+            Self::Host(rows) => Some(rows),
+            #[cfg(feature = "gpu")]
+            Self::Device(_) => None,
+        }
+    }
 }
 
 impl Rows {
@@ -161,10 +175,9 @@ pub(crate) trait Place: Send {
 /// What a place is made of: the ranks of a stage that it hosts, what they compute, and where their weights come from.
 #[derive(Clone)]
 pub(crate) struct Assignment<'a> {
-    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // only errors of GPU places name it
     pub stage: usize,
     /// Whether the next stage lives on this very device, with all its ranks: what is passed on need not leave it.
-    #[expect(dead_code)]
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's rows never leave the host
     pub stays: bool,
     /// Ranks of the stage that live in this place, rising.
     pub ranks: Vec<usize>,
@@ -197,12 +210,26 @@ pub(crate) fn room(device: &Device, assignment: &Assignment<'_>, want: Room) -> 
     Ok(want)
 }
 
-/// Opens `device` and loads its assignment.
-pub(crate) fn place(device: &Device, assignment: &Assignment<'_>, room: Room, threads: &Threads) -> Result<Box<dyn Place>> {
+#[cfg(feature = "gpu")]
+pub(crate) use wgpu::Opened;
+
+/// There is nothing to open.
+#[cfg(not(feature = "gpu"))]
+#[derive(Default)]
+pub(crate) struct Opened;
+
+/// Opens `device`, unless the model has done so before, and loads its assignment.
+pub(crate) fn place(
+    device: &Device,
+    assignment: &Assignment<'_>,
+    room: Room,
+    threads: &Threads,
+    opened: &mut Opened,
+) -> Result<Box<dyn Place>> {
     #[cfg(feature = "gpu")]
     if !device.is_cpu() {
-        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room)?));
+        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room, opened)?));
     }
-    let _ = (device, room);
+    let _ = (device, room, opened);
     Ok(Box::new(CpuPlace::new(assignment, threads)?))
 }

@@ -28,23 +28,16 @@ pub struct Args {
     #[arg(long, value_name = "D", default_value = "32")]
     decode_tokens: NonZeroUsize,
 
-    /// Sequences at once; only 1 for now
-    #[arg(long, value_name = "B", default_value = "1", value_parser = one)]
-    batch: usize,
-}
-
-fn one(value: &str) -> Result<usize, String> {
-    match value.parse() {
-        Ok(1) => Ok(1),
-        Ok(_) => Err("only one sequence at a time can be measured, so it must be 1".into()),
-        Err(e) => Err(format!("{e}")),
-    }
+    /// Sequences that decode at once, dealt out to the stages
+    #[arg(long, value_name = "B", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: u16,
 }
 
 /// A prompt and its continuation, computed once.
 struct Run<'a> {
     model: &'a TensorParallelMistral,
     fast: bool,
+    callers: usize,
     prompt: Vec<u32>,
     decode: Vec<u32>,
 }
@@ -61,12 +54,24 @@ impl Run<'_> {
         Ok(start.elapsed().as_secs_f64())
     }
 
-    fn decode(&self, state: &mut InferenceState) -> Result<f64, Error> {
+    /// Every sequence takes the same tokens. Each of the stages' worth of callers steps its part of them, so that no stage waits for another's.
+    fn decode(&self, states: &mut [InferenceState]) -> Result<f64, Error> {
+        let part = states.len().div_ceil(self.callers);
         let start = Instant::now();
-        for &token in &self.decode {
-            if self.fast { self.model.try_fast_forward(state, token, false)? } else { self.model.try_forward(state, token, false)? }
-        }
+        std::thread::scope(|scope| {
+            let callers: Vec<_> = states.chunks_mut(part).map(|states| scope.spawn(|| self.steps(states))).collect();
+            callers.into_iter().try_for_each(|caller| caller.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+        })?;
         Ok(start.elapsed().as_secs_f64())
+    }
+
+    fn steps(&self, states: &mut [InferenceState]) -> Result<(), Error> {
+        let mut states: Vec<&mut InferenceState> = states.iter_mut().collect();
+        for &token in &self.decode {
+            let tokens = vec![token; states.len()];
+            if self.fast { self.model.fast_forward_batch(&mut states, &tokens)? } else { self.model.forward_batch(&mut states, &tokens)? }
+        }
+        Ok(())
     }
 }
 
@@ -78,36 +83,47 @@ pub fn run(args: &Args) -> Outcome {
     if positions > limit {
         return Err(Error::ContextFull { position: 0, wanted: positions, limit }.into());
     }
-    let plan = plan_summary(&params, &args.grid.config(&params, positions), &args.grid.devices()?)?;
-    let loaded = args.grid.load(&args.run, &params, positions)?;
+    let batch = usize::from(args.batch);
+    let mut config = args.grid.config(&params, positions);
+    // Each sequence has whole pages, of either type.
+    config.kv_positions = config.kv_positions.map(|positions| positions.next_multiple_of(128).saturating_mul(batch));
+    config.pipeline.async_execution = true;
+    let plan = plan_summary(&params, &config, &args.grid.devices()?)?;
+    let loaded = args.grid.load(&args.run, &params, config)?;
     let vocab = params.config().vocab_size;
     // Which tokens doesn't matter to the speed, but equal ones would be kind to caches.
     let token = |i: usize| (i.wrapping_mul(7919) % vocab) as u32;
     let fast = args.run.is_fast(true);
-    let run = Run { model: &loaded.model, fast, prompt: (0..p).map(token).collect(), decode: (p..positions).map(token).collect() };
+    let callers = args.grid.stages.get();
+    let run = Run { model: &loaded.model, fast, callers, prompt: (0..p).map(token).collect(), decode: (p..positions).map(token).collect() };
 
     // The first round warms caches and compiles kernels, the second is timed, the third traced.
-    let mut state = InferenceState::with_kv(params.config(), args.run.kv(fast));
-    run.prefill(&mut state)?;
-    run.decode(&mut state)?;
-    let (prefill, decode) = (run.prefill(&mut state)?, run.decode(&mut state)?);
-    drop(state);
+    let mut states: Vec<_> = (0..batch).map(|_| InferenceState::with_kv(params.config(), args.run.kv(fast))).collect();
+    let round = |states: &mut [InferenceState]| -> Result<(f64, f64), Error> {
+        let mut prefill = 0.0;
+        for state in &mut *states {
+            prefill += run.prefill(state)?;
+        }
+        Ok((prefill / batch as f64, run.decode(states)?))
+    };
+    round(&mut states)?;
+    let (prefill, decode) = round(&mut states)?;
     loaded.model.start_trace();
-    let parts = args.run.run(&loaded, fast, |state| {
-        run.prefill(state)?;
+    let parts = args.run.traced(&loaded, || {
+        states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
         let before = loaded.model.traced_seconds();
-        run.decode(state)?;
+        run.decode(&mut states)?;
         let after = loaded.model.traced_seconds();
         let share = (d * plan.ranks.len()) as f64;
         Ok([0, 1, 2, 3].map(|part| (after[part] - before[part]) / share))
     })?;
 
-    let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, d as f64 / decode, peak_rss_bytes());
+    let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, (batch * d) as f64 / decode, peak_rss_bytes());
     if args.grid.json {
         return print_json(&json!({
             "prompt_tokens": p,
             "decode_tokens": d,
-            "batch": args.batch,
+            "batch": batch,
             "prefill_tokens_per_s": prefill_speed,
             "decode_tokens_per_s": decode_speed,
             "weight_bytes_per_token": plan.weight_bytes_per_token,
@@ -121,8 +137,8 @@ pub fn run(args: &Args) -> Outcome {
         ["measured", "value"].map(str::to_owned).to_vec(),
         vec!["load".into(), format!("{:.3} s", loaded.seconds)],
         vec![format!("prefill of {p}"), format!("{prefill_speed:.1} tokens/s")],
-        vec![format!("decode of {d}"), format!("{decode_speed:.1} tokens/s")],
-        vec!["weights read a token".into(), bytes(plan.weight_bytes_per_token)],
+        vec![if batch == 1 { format!("decode of {d}") } else { format!("decode of {batch} x {d}") }, format!("{decode_speed:.1} tokens/s")],
+        vec![if batch == 1 { "weights read a token".into() } else { "weights read a step".into() }, bytes(plan.weight_bytes_per_token)],
         vec!["peak memory".into(), peak.map_or("unknown".into(), bytes)],
     ];
     rows.extend(PARTS.iter().zip(parts).map(|(part, seconds)| vec![format!("{part}, a decode step"), format!("{:.1} us", seconds * 1e6)]));

@@ -79,7 +79,8 @@ pub fn run(args: &Args) -> Outcome {
         return Err(Error::EmptyPrompt.into());
     }
     let prompt = params.tokenizer()?.encode(&args.prompt)?;
-    let loaded = args.grid.load(&args.run, &params, prompt.len().saturating_add(args.max_tokens))?;
+    let config = args.grid.config(&params, prompt.len().saturating_add(args.max_tokens));
+    let loaded = args.grid.load(&args.run, &params, config)?;
 
     let fast = args.run.is_fast(true);
     let sampling = SamplerOptions { seed: Some(seed), ..args.sampling() };

@@ -29,7 +29,7 @@ pub struct GridArgs {
     #[arg(long, value_name = "LIST", value_delimiter = ',')]
     pub shares: Option<Vec<f64>>,
 
-    /// Threads of the CPU; one a core by default
+    /// Threads of the CPU, shared out to stages that compute at the same time; one a core by default
     #[arg(long, value_name = "T")]
     pub threads: Option<NonZeroUsize>,
 
@@ -47,10 +47,10 @@ impl GridArgs {
         Ok(Device::parse_list(&self.devices)?)
     }
 
-    /// The grid, with a KV cache for `positions` at most.
+    /// The grid, with a KV cache for one sequence of `positions` at most.
     pub fn config(&self, params: &Parameters, positions: usize) -> ParallelConfig {
         let bound = self.context.map_or(usize::MAX, NonZeroUsize::get).min(params.config().max_position_embeddings);
-        let mut config = ParallelConfig::default().stages(self.stages.get()).kv_positions(positions.clamp(1, bound));
+        let mut config = ParallelConfig::for_model(params.config()).stages(self.stages.get()).kv_positions(positions.clamp(1, bound));
         if let Some(shares) = &self.shares {
             config = config.with_shares(shares.clone());
         }
@@ -60,8 +60,8 @@ impl GridArgs {
         config
     }
 
-    /// The model, ready to run as `run` says, with a KV cache for `positions` at most.
-    pub fn load(&self, run: &RunArgs, params: &Parameters, positions: usize) -> Outcome<Loaded> {
+    /// The model on this grid, ready to run as `run` says.
+    pub fn load(&self, run: &RunArgs, params: &Parameters, config: ParallelConfig) -> Outcome<Loaded> {
         // Better now than after the work.
         run.trace.as_deref().map_or(Ok(()), super::files::check_writable)?;
         let start = Instant::now();
@@ -69,7 +69,7 @@ impl GridArgs {
         // Drawn only where stderr is a terminal.
         let spinner = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
         spinner.enable_steady_tick(Duration::from_millis(100));
-        let model = TensorParallelMistral::load_grid(params.clone(), self.config(params, positions), devices);
+        let model = TensorParallelMistral::load_grid(params.clone(), config, devices);
         spinner.finish_and_clear();
         Ok(Loaded { model: model?, seconds: start.elapsed().as_secs_f64() })
     }
@@ -124,12 +124,16 @@ impl RunArgs {
 
     /// Runs `work` on a model and a fresh state, with the trace that was asked for.
     pub fn run<T>(&self, loaded: &Loaded, is_fast: bool, work: impl FnOnce(&mut InferenceState) -> Outcome<T>) -> Outcome<T> {
-        let model = &loaded.model;
-        let mut state = InferenceState::with_kv(model.config(), self.kv(is_fast));
-        let Some(path) = &self.trace else { return work(&mut state) };
-        model.start_trace();
-        let result = work(&mut state)?;
-        model.write_trace(path)?;
+        let mut state = InferenceState::with_kv(loaded.model.config(), self.kv(is_fast));
+        self.traced(loaded, || work(&mut state))
+    }
+
+    /// Runs `work` with the trace that was asked for.
+    pub fn traced<T>(&self, loaded: &Loaded, work: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+        let Some(path) = &self.trace else { return work() };
+        loaded.model.start_trace();
+        let result = work()?;
+        loaded.model.write_trace(path)?;
         Ok(result)
     }
 }

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use serde_json::json;
-use torchless::{Error, InferenceState, Parameters, TensorParallelMistral};
+use torchless::{Error, InferenceState, Parameters, PipelineConfig, TensorParallelMistral};
 
 use super::grid::{GridArgs, RunArgs};
 use super::output::{print, print_json};
@@ -25,7 +25,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 
-    /// How many parts the sequence is computed in
+    /// How many parts the sequence is computed in; on several stages at the same time
     #[arg(long, value_name = "M", default_value = "4")]
     micro_batches: NonZeroUsize,
 }
@@ -34,7 +34,9 @@ pub fn run(args: &Args) -> Outcome {
     let tokens = files::read_ids(&args.tokens)?;
     files::check_writable(&args.out)?;
     let params = Parameters::load(&args.grid.model)?;
-    let loaded = args.grid.load(&args.run, &params, tokens.len())?;
+    let mut config = args.grid.config(&params, tokens.len());
+    config.pipeline = PipelineConfig { num_micro_batches: args.micro_batches.get(), async_execution: true, ..config.pipeline };
+    let loaded = args.grid.load(&args.run, &params, config)?;
     let fast = args.run.is_fast(false);
     let logits = args.run.run(&loaded, fast, |state| {
         if fast {

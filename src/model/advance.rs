@@ -182,14 +182,11 @@ impl Grid {
     }
 
     /// Sends a batch on its way.
-    fn send(&self, sequences: &[Sequence<'_>], parts: &[Part], debug: bool) -> Result<Pending> {
+    fn send(&self, sequences: &mut [Sequence<'_>], parts: &[Part], debug: bool) -> Result<Pending> {
         let (mut rows, mut wanted, mut seqs, mut copies, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (seq, part) in parts.iter().enumerate() {
-            let Sequence { state, lease, sent, .. } = &sequences[part.sequence];
-            // With the first batch that writes them, and not again.
-            if *sent == lease.stored() {
-                copies.extend_from_slice(lease.copies());
-            }
+            let Sequence { state, lease, .. } = &mut sequences[part.sequence];
+            copies.extend(lease.take_copies());
             wanted.extend(part.wanted.clone().map(|position| (rows.len() + position - part.positions.start) as u32));
             rows.extend(part.positions.clone().map(|position| Row { seq: seq as u32, pos: position as u32 }));
             tokens.extend_from_slice(&state.tokens[part.positions.clone()]);

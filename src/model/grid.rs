@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, BLOCK, KvType, Room};
+use crate::backend::{self, BLOCK, KvType, Opened, Room};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -74,11 +74,11 @@ impl Grid {
                 room = room.min(backend::room(device, &assignment, room)?);
             }
         }
-        let mut built = Vec::new();
+        let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor);
             let threads = Threads { pool: pools[index].clone(), work: config.work };
-            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads)).collect::<Result<_>>()?;
+            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads, &mut opened)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             let (plan, collective, trace) = (layout.plan.clone(), collective.clone(), trace.clone());
             built.push(Stage {

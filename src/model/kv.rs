@@ -100,11 +100,13 @@ pub(crate) struct Lease {
     stored: usize,
     /// `[from, to]`: `to` is in `seq`, `from` is held until it has been copied, so that nobody writes it before.
     copies: Vec<[PageId; 2]>,
+    /// How many of them went along with a batch.
+    sent: usize,
 }
 
 impl Lease {
     pub(crate) fn new(pool: Arc<PagePool>, kv: KvType) -> Self {
-        Self { pool, kv, seq: Seq::default(), stored: 0, copies: Vec::new() }
+        Self { pool, kv, seq: Seq::default(), stored: 0, copies: Vec::new(), sent: 0 }
     }
 
     pub(crate) fn is_of(&self, pool: &Arc<PagePool>) -> bool {
@@ -123,9 +125,12 @@ impl Lease {
         self.seq.pages.len()
     }
 
-    /// What the batch that writes the reserved positions must copy first, `[from, to]` in order.
-    pub(crate) fn copies(&self) -> &[[PageId; 2]] {
-        &self.copies
+    /// What the next batch must copy first, `[from, to]` in order. Batches may follow each other before the first is committed, but
+    /// only one copies a page: the next would undo what the first wrote.
+    pub(crate) fn take_copies(&mut self) -> Vec<[PageId; 2]> {
+        let copies = self.copies[self.sent..].to_vec();
+        self.sent = self.copies.len();
+        copies
     }
 
     /// A lease of the first `n` positions, which shares the pages of those from `seen` on: what a row at `n` sees.
@@ -146,11 +151,11 @@ impl Lease {
         }
         self.pool.share(&pages);
         let seq = Seq { pages, first_page: first_page as u32 };
-        Some(Self { pool: self.pool.clone(), kv: self.kv, seq, stored: n, copies: Vec::new() })
+        Some(Self { pool: self.pool.clone(), kv: self.kv, seq, stored: n, copies: Vec::new(), sent: 0 })
     }
 
-    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::copies`] are made. No more
-    /// than `most` pages of the pool are then held in all.
+    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::take_copies`] are made. No
+    /// more than `most` pages of the pool are then held in all.
     ///
     /// # Errors
     /// [`Error::CacheFull`], and nothing has changed.
@@ -179,6 +184,7 @@ impl Lease {
     pub(crate) fn commit(&mut self, end: usize, seen: usize) {
         self.stored = end;
         self.pool.give(self.copies.drain(..).map(|[from, _]| from));
+        self.sent = 0;
         let behind = (seen / self.kv.page_len()).saturating_sub(self.seq.first_page as usize).min(self.seq.pages.len());
         self.pool.give(self.seq.pages.drain(..behind));
         self.seq.first_page += behind as u32;
@@ -195,6 +201,7 @@ impl Lease {
             self.seq.pages.iter_mut().filter(|page| **page == to).for_each(|page| *page = from);
             self.pool.give([to]);
         }
+        self.sent = 0;
         self.stored = self.stored.min(end);
         let keep = end.div_ceil(page_len).saturating_sub(self.seq.first_page as usize).min(self.seq.pages.len());
         self.pool.give(self.seq.pages.drain(keep..));

@@ -1,6 +1,7 @@
 //! [`Gpu`]: an opened device, its errors and its waits.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,9 @@ const SLICE: Duration = Duration::from_millis(100);
 
 /// How long the host spins before it blocks, on hardware: a blocking wait costs up to a millisecond there.
 const SPIN: Duration = Duration::from_micros(200);
+
+/// How long the host sleeps between two looks at a device on which several threads wait.
+const PAUSE: Duration = Duration::from_micros(100);
 
 /// The longest that an upload may stand still.
 const STALLED: Duration = Duration::from_secs(60);
@@ -49,18 +53,20 @@ fn recorded(report: &Report) -> Option<String> {
     report.lock().unwrap_or_else(PoisonError::into_inner).clone()
 }
 
-/// An opened wgpu device with its queue.
+/// An opened wgpu device with its queue, as one of its owners has it: what goes wrong is told to all of them.
+#[derive(Clone)]
 pub(super) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub owner: Owner,
     spins: bool,
+    is_shared: Arc<AtomicBool>,
     lost: Report,
     failed: Report,
 }
 
 impl Gpu {
-    /// Opens a device of its own on an adapter, on which no kernel sees more than `binding` bytes of a buffer.
+    /// Opens an adapter, on which no kernel sees more than `binding` bytes of a buffer.
     pub(super) fn open(adapter: &Adapter, binding: u64, owner: Owner) -> Result<Self> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some(&owner.device),
@@ -81,7 +87,13 @@ impl Gpu {
         });
         let report = Arc::clone(&failed);
         device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| record(&report, e.to_string())));
-        Ok(Self { device, queue, owner, spins: !adapter.is_software(), lost, failed })
+        Ok(Self { device, queue, owner, spins: !adapter.is_software(), is_shared: Arc::default(), lost, failed })
+    }
+
+    /// The same device for another owner, who may be on another thread.
+    pub(super) fn shared_with(&self, owner: Owner) -> Self {
+        self.is_shared.store(true, Ordering::Relaxed);
+        Self { owner, ..self.clone() }
     }
 
     /// An error if the device was lost, or refused something that no scope caught.
@@ -145,6 +157,12 @@ impl Gpu {
         }
         while !done() {
             let Some(left) = bound.checked_sub(start.elapsed()).filter(|left| !left.is_zero()) else { return Ok(false) };
+            if self.is_shared.load(Ordering::Relaxed) {
+                // A wait that times out panics within wgpu if another thread's wait just saw the end.
+                std::thread::sleep(left.min(PAUSE));
+                self.poll_once(wgpu::PollType::Poll)?;
+                continue;
+            }
             let timeout = Some(left.min(SLICE));
             self.poll_once(wgpu::PollType::Wait { submission_index: Some(index.clone()), timeout })?;
         }
@@ -154,10 +172,10 @@ impl Gpu {
     /// Submits what was written so far and waits for it, so that wgpu lets go of its staging memory.
     pub(super) fn flush(&self) -> Result<()> {
         let index = self.queue.submit([]);
-        let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let done = Arc::new(AtomicBool::new(false));
         let signal = Arc::clone(&done);
-        self.queue.on_submitted_work_done(move || signal.store(true, std::sync::atomic::Ordering::Release));
-        match self.wait(&index, STALLED, || done.load(std::sync::atomic::Ordering::Acquire))? {
+        self.queue.on_submitted_work_done(move || signal.store(true, Ordering::Release));
+        match self.wait(&index, STALLED, || done.load(Ordering::Acquire))? {
             true => Ok(()),
             false => Err(self.lost(format!("an upload did not end within {} s", STALLED.as_secs()))),
         }

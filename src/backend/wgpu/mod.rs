@@ -4,13 +4,17 @@ pub(crate) mod adapters;
 mod cache;
 mod dispatch;
 mod gpu;
+mod handover;
 mod lower;
 mod moment;
+mod opened;
 mod place;
 mod room;
 mod shaders;
 mod weights;
 
+pub(crate) use handover::Handover;
+pub(crate) use opened::Opened;
 pub(crate) use place::GpuPlace;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! [`GpuPlace`]: ranks of a stage on one wgpu device of their own.
+//! [`GpuPlace`]: ranks of a stage on one wgpu device.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -8,14 +8,16 @@ use std::time::Duration;
 use super::cache::Caches;
 use super::dispatch::Dispatch;
 use super::gpu::{Gpu, Owner};
+use super::handover::{Handover, Handovers};
 use super::lower::{Activation, Lowered, Lowerer};
 use super::moment::Moment;
+use super::opened::Opened;
 use super::room::{self, Bounds};
 use super::shaders::Tuning;
 use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
 use crate::device::Device;
 use crate::error::Result;
-use crate::plan::SegmentId;
+use crate::plan::{Exchange, SegmentId};
 
 /// A segment of the plan, lowered.
 struct Segment {
@@ -25,6 +27,8 @@ struct Segment {
     write: Option<Activation>,
     /// One part where it is shared, else one a rank.
     read: Vec<Activation>,
+    /// What is read stays on the device, for the next stage.
+    stays: bool,
 }
 
 /// What a launch left running.
@@ -35,6 +39,8 @@ struct Flight {
     /// Rows of what is read, and its bytes in the staging buffer.
     rows: usize,
     bytes: u64,
+    /// What is handed over instead of read.
+    handover: Option<Handover>,
 }
 
 /// How the callback of a launch tells that it is done.
@@ -66,6 +72,8 @@ pub(crate) struct GpuPlace {
     tiled: usize,
     /// What a segment reads, on its way to the host.
     staging: wgpu::Buffer,
+    /// And on its way to the next stage.
+    handovers: Handovers,
     flight: Option<Flight>,
     output: Vec<f32>,
     weight_bytes: Vec<u64>,
@@ -86,17 +94,23 @@ impl GpuPlace {
         room::fit(Bounds::of(device, adapter), assignment, &owner, want)
     }
 
-    /// Opens the device, uploads the ranks' weights, and makes everything that launches need.
+    /// Opens the device if need be, uploads the ranks' weights, and makes everything that launches need.
     ///
     /// # Errors
     /// If the device can't be opened, is lost, runs out of memory, or can't take `room`.
-    pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room) -> Result<Self> {
+    pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room, opened: &mut Opened) -> Result<Self> {
         let tuning = device.adapter().map(Tuning::of);
         let tuning = tuning.ok_or_else(|| owner(device, &assignment).error("is no adapter"))?;
-        Self::with_tuning(device, assignment, room, tuning)
+        Self::with_tuning(device, assignment, room, tuning, opened)
     }
 
-    pub(super) fn with_tuning(device: &Device, assignment: Assignment<'_>, room: Room, tuning: Tuning) -> Result<Self> {
+    pub(super) fn with_tuning(
+        device: &Device,
+        assignment: Assignment<'_>,
+        room: Room,
+        tuning: Tuning,
+        opened: &mut Opened,
+    ) -> Result<Self> {
         let owner = owner(device, &assignment);
         let adapter = device.adapter().ok_or_else(|| owner.error("is no adapter"))?;
         let bounds = Bounds::of(device, adapter);
@@ -105,7 +119,7 @@ impl GpuPlace {
             return Err(owner.error(format!("has room for {fit:?}, not for {room:?}")));
         }
 
-        let gpu = Gpu::open(adapter, bounds.binding, owner)?;
+        let gpu = opened.open(device, adapter, bounds.binding, owner)?;
         let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
         let mut segments = Vec::new();
@@ -119,13 +133,18 @@ impl GpuPlace {
                 dispatches: start..lowerer.len(),
                 write: segment.write.map(|buf| lowerer.parts(buf)[0].clone()),
                 read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
+                stays: assignment.stays && segment.exchange == Exchange::Pass,
             });
         }
         let Lowered { dispatches, caches, weight_bytes } = lowerer.finish()?;
 
-        let most = segments.iter().map(|s| read_bytes(&s.read, room.rows, room.wanted)).max().unwrap_or(0).max(16);
+        let most = |stays: bool| {
+            let read = segments.iter().filter(|s| s.stays == stays).map(|s| read_bytes(&s.read, room.rows, room.wanted));
+            read.max().unwrap_or(0).max(16)
+        };
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let staging = gpu.buffer("what is read back", most, usage)?;
+        let staging = gpu.buffer("what is read back", most(false), usage)?;
+        let handovers = Handovers::new(most(true));
         gpu.flush()?;
         let counts = PlaceCounts { weight_bytes: weight_bytes.iter().sum(), ..PlaceCounts::default() };
         Ok(Self {
@@ -137,6 +156,7 @@ impl GpuPlace {
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
             tiled: tuning.tiled,
             staging,
+            handovers,
             flight: None,
             output: Vec::new(),
             weight_bytes,
@@ -169,6 +189,26 @@ impl GpuPlace {
         self.counts.bytes_written += size_of_val(input) as u64;
         Ok(())
     }
+
+    /// Copies what a stage on this device passed on to an activation, whose rows are padded alike.
+    fn receive(&self, encoder: &mut wgpu::CommandEncoder, to: &Activation, rows: usize, input: &Handover) -> Result<()> {
+        if input.device != self.gpu.device {
+            return Err(self.gpu.owner.error("rows were passed to it that lie on another device"));
+        }
+        let bytes = 4 * (rows * to.stride()) as u64;
+        if input.bytes != bytes {
+            let problem = format!("{} bytes were passed to it for {rows} rows of {}, which take {bytes}", input.bytes, to.width);
+            return Err(self.gpu.owner.error(problem));
+        }
+        encoder.copy_buffer_to_buffer(&input.buffer, 0, &to.buffer, 0, bytes);
+        Ok(())
+    }
+
+    /// The launch that is done.
+    fn landed(&mut self) -> Result<Flight> {
+        let landed = self.flight.take_if(|flight| flight.signal.get() == Signal::DONE);
+        landed.ok_or_else(|| self.gpu.owner.error("an output was asked for before there was one"))
+    }
 }
 
 impl Place for GpuPlace {
@@ -190,12 +230,14 @@ impl Place for GpuPlace {
             self.staging.unmap();
         }
         self.moment.write(&self.gpu, batch)?;
-        if let (Some(to), Flow::Host(input)) = (self.segments[segment.0].write.clone(), input) {
-            self.write(&to, to.rows.of(batch), input)?;
-        }
-
-        let lowered = &self.segments[segment.0];
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+        if let Some(to) = self.segments[segment.0].write.clone() {
+            match input {
+                Flow::Host(input) => self.write(&to, to.rows.of(batch), input)?,
+                Flow::Device(input) => self.receive(&mut encoder, &to, to.rows.of(batch), input)?,
+            }
+        }
+        let lowered = &self.segments[segment.0];
         if segment.0 == 0 {
             self.caches.copy(&mut encoder, &batch.copies);
         }
@@ -207,16 +249,19 @@ impl Place for GpuPlace {
         }
         drop(pass);
 
-        let mut bytes = 0;
-        let mut rows = 0;
+        let rows = lowered.read.first().map_or(0, |part| part.rows.of(batch));
+        let all = lowered.read.iter().map(|part| 4 * (rows * part.stride()) as u64).sum();
+        let handover = if lowered.stays { Some(self.handovers.take(&self.gpu, all)?) } else { None };
+        let to = handover.as_ref().map_or(&self.staging, |handover| &handover.buffer);
+        let mut at = 0;
         for part in &lowered.read {
-            rows = part.rows.of(batch);
             let size = 4 * (rows * part.stride()) as u64;
             if size > 0 {
-                encoder.copy_buffer_to_buffer(&part.buffer, 0, &self.staging, bytes, size);
-                bytes += size;
+                encoder.copy_buffer_to_buffer(&part.buffer, 0, to, at, size);
+                at += size;
             }
         }
+        let bytes = if lowered.stays { 0 } else { all };
         let signal = Arc::new(Signal::default());
         let done = Arc::clone(&signal);
         if bytes > 0 {
@@ -227,7 +272,7 @@ impl Place for GpuPlace {
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
         self.counts.ops += lowered.ops;
-        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes });
+        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, handover });
         self.gpu.check()
     }
 
@@ -244,9 +289,7 @@ impl Place for GpuPlace {
 
     fn output(&mut self) -> Result<&[f32]> {
         self.output.clear();
-        let Some(flight) = self.flight.take_if(|flight| flight.signal.get() == Signal::DONE) else {
-            return Err(self.gpu.owner.error("an output was asked for before there was one"));
-        };
+        let flight = self.landed()?;
         if flight.bytes > 0 {
             let view = self.staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
             let mut values: &[f32] = bytemuck::cast_slice(&view);
@@ -262,6 +305,13 @@ impl Place for GpuPlace {
         }
         self.counts.bytes_read += size_of_val(&self.output[..]) as u64;
         Ok(&self.output)
+    }
+
+    fn pass(&mut self) -> Result<Flow> {
+        match self.flight.as_mut().and_then(|flight| flight.handover.take()) {
+            Some(handover) => self.landed().map(|_| Flow::Device(handover)),
+            None => self.output().map(|rows| Flow::Host(rows.to_vec())),
+        }
     }
 
     fn counts(&self) -> PlaceCounts {

@@ -35,9 +35,9 @@ fn a_fork_at_a_page_border_shares_pages_and_copies_none() {
     assert_eq!(fork.seq().pages, donor.seq().pages[..2]);
     assert_eq!((fork.stored(), pool.held(), pool.total() - pool.held(), pool.total()), (2 * PAGE, 3, 1, 4));
     fork.reserve(3 * PAGE, usize::MAX).unwrap();
-    assert!(fork.copies().is_empty());
+    assert!(fork.take_copies().is_empty());
     donor.reserve(3 * PAGE, usize::MAX).unwrap();
-    assert!(donor.copies().is_empty());
+    assert!(donor.take_copies().is_empty());
     drop(donor);
     assert_eq!(pool.held(), 3, "what the fork holds stays");
     drop(fork);
@@ -50,13 +50,14 @@ fn the_first_to_write_a_shared_page_copies_it_and_the_last_writes_it_in_place() 
     let mut donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
     fork.reserve(71, usize::MAX).unwrap();
-    let [from, to] = fork.copies()[..].try_into().map(|[copy]: [_; 1]| copy).unwrap();
+    let [[from, to]] = fork.take_copies()[..] else { panic!("one page is shared") };
     assert_eq!((from, fork.seq().pages[1]), (donor.seq().pages[1], to));
     assert_ne!(from, to);
+    fork.reserve(72, usize::MAX).unwrap();
+    assert!(fork.take_copies().is_empty(), "the batch before took it along");
     fork.commit(71, 0);
-    assert!(fork.copies().is_empty());
     donor.reserve(71, usize::MAX).unwrap();
-    assert!(donor.copies().is_empty(), "nobody else holds it now");
+    assert!(donor.take_copies().is_empty(), "nobody else holds it now");
     assert_eq!(pool.held(), 3);
 }
 
@@ -67,7 +68,7 @@ fn where_both_write_before_either_has_copied_both_copy_what_neither_writes() {
     let mut fork = donor.fork(66, 0).unwrap();
     fork.reserve(67, usize::MAX).unwrap();
     donor.reserve(71, usize::MAX).unwrap();
-    let (a, b) = (donor.copies()[0], fork.copies()[0]);
+    let (a, b) = (donor.take_copies()[0], fork.take_copies()[0]);
     assert!(a[0] == b[0] && a[1] != b[1] && a[0] != a[1] && a[0] != b[1]);
     assert_eq!(pool.held(), 4);
     donor.commit(71, 0);
@@ -82,7 +83,7 @@ fn a_page_outlives_its_donor_until_it_is_copied() {
     let donor = grown(&pool, 10);
     let mut fork = donor.fork(5, 0).unwrap();
     fork.reserve(6, usize::MAX).unwrap();
-    let [from, to] = fork.copies()[0];
+    let [from, to] = fork.take_copies()[0];
     drop(donor);
     let other = grown(&pool, PAGE);
     assert!(![from, to].contains(&other.seq().pages[0]), "it is not given out meanwhile");
@@ -109,7 +110,7 @@ fn a_truncated_lease_writes_no_page_that_a_fork_holds() {
     let fork = donor.fork(150, 0).unwrap();
     assert!(donor.truncate(100, 0));
     donor.reserve(130, usize::MAX).unwrap();
-    assert_eq!(donor.copies(), [[fork.seq().pages[1], donor.seq().pages[1]]]);
+    assert_eq!(donor.take_copies(), [[fork.seq().pages[1], donor.seq().pages[1]]]);
     // Page 2 was given back, so that a fresh one took its place.
     assert_ne!(donor.seq().pages[2], fork.seq().pages[2]);
     assert_eq!(donor.seq().pages[0], fork.seq().pages[0]);
@@ -123,7 +124,8 @@ fn a_truncation_takes_copies_back_that_were_never_made() {
     let before = fork.seq().clone();
     fork.reserve(300, usize::MAX).unwrap();
     assert!(fork.truncate(70, 0));
-    assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
+    assert!(fork.take_copies().is_empty());
+    assert_eq!((fork.seq(), pool.held()), (&before, 2));
 }
 
 #[test]
@@ -134,9 +136,10 @@ fn a_full_cache_changes_nothing() {
     let before = fork.seq().clone();
     let error = fork.reserve(2 * PAGE + 1, usize::MAX).unwrap_err();
     assert!(matches!(error, Error::CacheFull { wanted: 2, free: 1, total: 3, page_len: PAGE }), "{error}");
-    assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
+    assert!(fork.take_copies().is_empty());
+    assert_eq!((fork.seq(), pool.held()), (&before, 2));
     fork.reserve(2 * PAGE, usize::MAX).unwrap();
-    assert_eq!(fork.copies().len(), 1);
+    assert_eq!(fork.take_copies().len(), 1);
 }
 
 #[test]
@@ -177,11 +180,11 @@ impl Model {
         let Self { memory, written, sequences, .. } = self;
         let Sequence { lease, values } = &mut sequences[which];
         let page_len = lease.kv.page_len();
-        for [from, to] in lease.copies() {
-            let page = memory[from].clone();
-            memory.insert(*to, page);
+        for [from, to] in lease.take_copies() {
+            let page = memory[&from].clone();
+            memory.insert(to, page);
         }
-        for position in lease.stored()..end {
+        for position in values.len()..end {
             *written += 1;
             let page = lease.seq().pages[position / page_len - lease.seq().first_page as usize];
             memory.entry(page).or_insert_with(|| vec![0; 2 * PAGE])[position % page_len] = *written;
@@ -233,8 +236,16 @@ impl Model {
                 match self.sequences[which].lease.reserve(end, usize::MAX) {
                     Ok(()) => {
                         self.store(which, end);
-                        let seen = self.seen(end);
-                        self.sequences[which].lease.commit(end, seen);
+                        // Another may set out before the first is committed.
+                        let next = end + below(3) * 40;
+                        let follows = self.sequences[which].lease.reserve(next, usize::MAX).is_ok();
+                        if follows {
+                            self.store(which, next);
+                        }
+                        for end in std::iter::once(end).chain(follows.then_some(next)) {
+                            let seen = self.seen(end);
+                            self.sequences[which].lease.commit(end, seen);
+                        }
                     }
                     Err(_) => assert_eq!((self.sequences[which].lease.seq().clone(), self.pool.held()), before),
                 }

@@ -5,3 +5,4 @@ mod faults;
 mod ops;
 mod rig;
 mod shaders;
+mod stages;

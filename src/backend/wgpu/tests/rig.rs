@@ -12,7 +12,7 @@ use memmap2::MmapMut;
 use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
-use crate::backend::{Assignment, Batch, Flow, KvType, Place, Room, Row, Seq};
+use crate::backend::{Assignment, Batch, Flow, KvType, Opened, Place, Room, Row, Seq};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
@@ -163,11 +163,11 @@ impl Model {
     }
 
     pub(super) fn place(&self, device: &Device, tuning: Tuning, room: Room) -> GpuPlace {
-        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning)).unwrap()
+        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning, &mut Opened::default())).unwrap()
     }
 
     pub(super) fn on(&self, device: &Device, room: Room) -> Result<GpuPlace> {
-        self.assign(|assignment| GpuPlace::new(device, assignment, room))
+        self.assign(|assignment| GpuPlace::new(device, assignment, room, &mut Opened::default()))
     }
 
     /// The reference: the same on the CPU.
