@@ -87,6 +87,10 @@ pub enum Error {
     #[error("{option} {value} makes no sense: {right}")]
     Option { option: &'static str, value: String, right: &'static str },
 
+    /// A file that was taken for a trace.
+    #[error("{name} is no trace that can be drawn: {problem}")]
+    Trace { name: String, problem: String },
+
     /// An empty device list.
     #[error("the device list is empty; name at least one device, such as \"cpu\"")]
     NoDevices,
@@ -110,6 +114,10 @@ pub enum Error {
     /// The processes of a group disagree or cannot talk.
     #[error("the group of processes cannot go on: {0}")]
     Collective(String),
+
+    /// A request that was handed in ended early.
+    #[error("the request ended early: {0}")]
+    Request(String),
 
     /// The thread that drives the model ended early; the model must be loaded again.
     #[error("the model's driver thread has ended: {0}")]

@@ -43,6 +43,8 @@ mod params;
 mod partition;
 mod plan;
 mod sampler;
+mod scheduler;
+mod timeline;
 mod tokenizer;
 mod trace;
 
@@ -65,4 +67,6 @@ pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
 pub use sampler::{Sampler, SamplerOptions};
+pub use scheduler::{Completion, Scheduler, SchedulerConfig, SchedulerCounts};
+pub use timeline::{Busy, Timeline};
 pub use tokenizer::{Decoder, Tokenizer};

@@ -20,11 +20,18 @@ pub(crate) enum Category {
     Read,
     Reduce,
     Write,
-    /// Waiting for the next batch.
+    /// The scheduler chose what runs next, or a stage waited for its next micro-batch.
     Schedule,
 }
 
 impl Category {
+    const ALL: [Self; 5] = [Self::Compute, Self::Read, Self::Reduce, Self::Write, Self::Schedule];
+
+    /// The category of that name.
+    pub(crate) fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|category| category.name() == name)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Compute => "compute",
@@ -94,12 +101,14 @@ impl Trace {
         }
     }
 
-    /// Seconds spent on each category, summed over rows: compute, read, reduce, write.
+    /// Seconds spent on micro-batches, summed over rows: compute, read, reduce, write.
     pub(crate) fn seconds(&self) -> [f64; 4] {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         let mut sums = [0.0; 4];
-        for span in spans.0.iter().filter(|span| span.category != Category::Schedule) {
-            sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+        for span in &spans.0 {
+            if span.category != Category::Schedule {
+                sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+            }
         }
         sums
     }

@@ -36,7 +36,14 @@ fn run(args: &[&str]) -> Run {
     Run { status: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
-/// Arguments in one string, with `{model}` for tiny-stories, `{ids}` for a file with `[1, 5, 9]` and `{dir}` for an empty directory.
+/// A trace of 8 ms: a rank that computes three quarters of it.
+const TRACE: &str = r#"{"traceEvents": [
+    {"name": "thread_name", "ph": "M", "pid": 1, "tid": 0, "args": {"name": "stage 0 rank 0 (cpu)"}},
+    {"ph": "X", "cat": "compute", "ts": 2000, "dur": 6000, "args": {"stage": 0, "rank": 0, "micro_batch": 9, "rows": 4}},
+    {"ph": "X", "cat": "write", "ts": 8000, "dur": 2000, "args": {"stage": 0, "rank": 0, "micro_batch": 10, "rows": 4}}]}"#;
+
+/// Arguments in one string, with `{model}` for tiny-stories, `{ids}` for a file with `[1, 5, 9]`, `{trace}` for one with [`TRACE`] and
+/// `{dir}` for an empty directory.
 struct Bench {
     dir: tempfile::TempDir,
 }
@@ -46,6 +53,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("empty")).unwrap();
         std::fs::write(dir.path().join("ids.json"), "[1, 5, 9]").unwrap();
+        std::fs::write(dir.path().join("trace.json"), TRACE).unwrap();
         Self { dir }
     }
 
@@ -60,6 +68,7 @@ impl Bench {
             word.replace("{model}", &stories().display().to_string())
                 .replace("{mistral}", &path("tiny-mistral").display().to_string())
                 .replace("{ids}", &self.dir.path().join("ids.json").display().to_string())
+                .replace("{trace}", &self.dir.path().join("trace.json").display().to_string())
                 .replace("{dir}", &self.dir.path().join("empty").display().to_string())
         };
         let words: Vec<String> = line.split_whitespace().map(fill).collect();
@@ -114,6 +123,11 @@ fn wrong_usage_is_one_sentence_and_status_2() {
             ("logits --model {model} --tokens {ids}", "--out"),
             ("bench --model {model} --batch 2", "must be 1"),
             ("bench --model {model} --decode-tokens 0", "--decode-tokens"),
+            ("timeline", "<FILE>"),
+            ("timeline {trace} --from 5 --to 5", "to 5 makes no sense"),
+            ("timeline {trace} --from 900", "from 900 makes no sense"),
+            ("timeline {trace} --to nan", "to NaN makes no sense"),
+            ("timeline {trace} --to soon", "soon"),
         ],
     );
 }
@@ -145,6 +159,13 @@ fn a_failure_is_one_sentence_and_status_1() {
             ("logits --model {mistral} --tokens {ids} --out {dir} --devices cpu", "cannot write"),
             ("bench --model {model} --devices cpu --prompt-tokens 512", "context of 512"),
             ("generate --model {model} --prompt a --devices cpu --trace {dir}/a/b", "cannot write"),
+            ("timeline nowhere", "nowhere"),
+            ("timeline {dir}", "not a regular file"),
+            ("timeline /dev/zero", "not a regular file"),
+            ("timeline {ids}", "ids.json is no trace that can be drawn"),
+            ("timeline {model}/config.json", "missing field `traceEvents`"),
+            ("timeline {model}/model.safetensors", "no trace that can be drawn"),
+            ("timeline {trace} -o {dir}/a/b", "cannot write"),
         ],
     );
 }
@@ -368,6 +389,31 @@ fn a_trace_has_a_row_for_every_rank() {
             assert!(spans.iter().any(|s| s["tid"] == tid && s["cat"] == "compute" && s["dur"].is_number()), "{verb}: {spans:?}");
         }
     }
+}
+
+#[test]
+fn a_trace_is_drawn_as_text_as_a_picture_and_summed_up() {
+    let bench = Bench::new();
+    let text = bench.run("timeline {trace}");
+    assert_eq!(text.stdout.lines().nth(1).unwrap().split(' ').next_back(), Some("75%"), "{}", text.stdout);
+    let drawn = bench.run("timeline {trace} -o {dir}/out.svg --json");
+    assert_eq!(
+        drawn.json()["rows"],
+        json!([{"stage": 0, "rank": 0, "device": "cpu", "spans": 2, "elapsed_ms": 8.0, "computing_ms": 6.0, "busy": 0.75}])
+    );
+    let svg = std::fs::read_to_string(bench.dir.path().join("empty/out.svg")).unwrap();
+    assert!(svg.starts_with("<svg") && svg.matches("<title>micro-batch").count() == 2, "{svg}");
+    let part = bench.run("timeline {trace} --from 7 --json").json();
+    assert_eq!((&part["from_ms"], &part["to_ms"], &part["rows"][0]["busy"]), (&json!(7.0), &json!(8.0), &json!(0.0)));
+
+    // And of a real run: a row for each rank of each stage.
+    let run = bench.run("logits --model {mistral} --tokens {ids} --out {dir}/l --devices cpu,cpu,cpu,cpu --stages 2 --trace {trace}");
+    assert_eq!(run.status, 0, "{}", run.stderr);
+    let rows = bench.run("timeline {trace} --json").json()["rows"].clone();
+    let place = |row: &Value| [row["stage"].as_u64().unwrap(), row["rank"].as_u64().unwrap()];
+    assert_eq!(rows.as_array().unwrap().iter().map(place).collect::<Vec<_>>(), [[0, 0], [0, 1], [1, 0], [1, 1]]);
+    assert!(rows.as_array().unwrap().iter().all(|row| row["busy"].as_f64().unwrap() > 0.0 && row["device"] == "cpu"), "{rows}");
+    assert!(bench.run("timeline {trace}").stdout.contains("stage 1 rank 1 (cpu) |"));
 }
 
 #[test]

@@ -99,7 +99,7 @@ fn pipeline_state() {
 
 #[test]
 fn pipeline_config() {
-    let (n_layers, hidden_size, memory_budget) = (32, 4096, 64 << 20);
+    let (n_layers, hidden_size, memory_budget) = (32, 4096, 128 << 20);
 
     use torchless::PipelineConfig;
 
@@ -109,7 +109,7 @@ fn pipeline_config() {
 
     // Compute optimal config for model
     let config = PipelineConfig::for_model(n_layers, hidden_size, memory_budget);
-    assert!(1 < config.num_micro_batches && config.num_micro_batches < 8, "64 MiB allow some, but not all: {config:?}");
+    assert!(1 < config.num_micro_batches && config.num_micro_batches < 8, "128 MiB allow some, but not all: {config:?}");
 }
 
 #[test]

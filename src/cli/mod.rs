@@ -8,6 +8,7 @@ mod grid;
 mod logits;
 mod output;
 mod plan;
+mod timeline;
 mod tokenize;
 
 use std::fmt::Display;
@@ -39,6 +40,8 @@ enum Verb {
     Tokenize(tokenize::Args),
     /// Measure how fast a model runs
     Bench(bench::Args),
+    /// Draw a recorded trace: what each rank did for which micro-batch when
+    Timeline(timeline::Args),
 }
 
 /// Why a verb ended early.
@@ -104,6 +107,7 @@ fn run() -> Outcome {
         Verb::Logits(args) => logits::run(&args),
         Verb::Tokenize(args) => tokenize::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Timeline(args) => timeline::run(&args),
     }
 }
 
@@ -114,7 +118,7 @@ fn explain(error: &clap::Error) -> Outcome {
         return output::print(&text);
     }
     let sentence = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
-    let sentence = sentence.strip_prefix("error: ").unwrap_or("which verb? devices, plan, generate, logits, tokenize or bench");
+    let sentence = sentence.strip_prefix("error: ").unwrap_or("which verb? devices, plan, generate, logits, tokenize, bench or timeline");
     Err(Failure::Usage(format!("{sentence}; see torchless --help")))
 }
 

@@ -86,6 +86,15 @@ impl Grid {
         outcome.map(|()| logits)
     }
 
+    /// Leases pages for `n` more tokens of a sequence ahead of their computing, as long as no more than `most` are held in all.
+    ///
+    /// # Errors
+    /// [`Error::CacheFull`], and nothing has changed.
+    pub(crate) fn reserve(&self, state: &mut InferenceState, n: usize, most: usize) -> Result<()> {
+        let lease = state.lease.get_or_insert_with(|| Lease::new(self.pages.clone(), state.kv));
+        lease.reserve(state.tokens.len() + n, most)
+    }
+
     /// A sequence with its new tokens. What the cache doesn't hold of the old ones will be computed again.
     fn extend<'a>(&self, state: &'a mut InferenceState, tokens: &[u32]) -> Sequence<'a> {
         let before = state.position();
@@ -129,7 +138,7 @@ impl Grid {
             }
             for part in &parts {
                 // Under a sliding window, batches that arrive free pages.
-                while let Err(full) = sequences[part.sequence].lease.reserve(part.positions.end) {
+                while let Err(full) = sequences[part.sequence].lease.reserve(part.positions.end, usize::MAX) {
                     if flights.is_empty() {
                         return Err(full);
                     }
@@ -174,9 +183,13 @@ impl Grid {
 
     /// Sends a batch on its way.
     fn send(&self, sequences: &[Sequence<'_>], parts: &[Part], debug: bool) -> Result<Pending> {
-        let (mut rows, mut wanted, mut seqs, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut rows, mut wanted, mut seqs, mut copies, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (seq, part) in parts.iter().enumerate() {
-            let Sequence { state, lease, .. } = &sequences[part.sequence];
+            let Sequence { state, lease, sent, .. } = &sequences[part.sequence];
+            // With the first batch that writes them, and not again.
+            if *sent == lease.stored() {
+                copies.extend_from_slice(lease.copies());
+            }
             wanted.extend(part.wanted.clone().map(|position| (rows.len() + position - part.positions.start) as u32));
             rows.extend(part.positions.clone().map(|position| Row { seq: seq as u32, pos: position as u32 }));
             tokens.extend_from_slice(&state.tokens[part.positions.clone()]);
@@ -184,7 +197,7 @@ impl Grid {
         }
         let number = self.batches.fetch_add(1, Ordering::Relaxed) + 1;
         let kv = sequences[parts[0].sequence].state.kv;
-        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies: Vec::new(), kv };
+        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv };
         self.driver.send(batch, self.embed(&tokens), debug)
     }
 
@@ -213,7 +226,8 @@ impl Grid {
         rows
     }
 
-    fn check(&self, state: &InferenceState, tokens: &[u32]) -> Result<()> {
+    /// Whether the tokens can follow those of the state.
+    pub(crate) fn check(&self, state: &InferenceState, tokens: &[u32]) -> Result<()> {
         let config = self.params.config();
         if tokens.is_empty() {
             return Err(Error::EmptyPrompt);

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicU64;
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, KvType, Opened, Room};
+use crate::backend::{self, BLOCK, KvType, Opened, Room};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -32,17 +32,19 @@ const SEQUENCES: usize = 16;
 /// A model loaded onto places.
 pub(crate) struct Grid {
     pub(super) params: Parameters,
-    pub(super) pages: Arc<PagePool>,
-    pub(super) room: Room,
+    pub(crate) pages: Arc<PagePool>,
+    pub(crate) room: Room,
     pub(super) rope: RopeTable,
     ranks: Vec<RankInfo>,
     trace: Arc<Trace>,
     /// Batches made so far.
     pub(super) batches: AtomicU64,
     /// Batches that the rows of a call are cut into, so that they fill the stages.
-    pub(super) micro_batches: usize,
+    pub(crate) micro_batches: usize,
     /// Batches of a call that are on their way at once, at most.
     pub(super) in_flight: usize,
+    /// Processes that the ranks are in.
+    pub(crate) members: usize,
     pub(super) driver: Driver,
 }
 
@@ -102,6 +104,7 @@ impl Grid {
             micro_batches,
             // One more than there are stages, so that the first always has its next one.
             in_flight: micro_batches.min(stages + 1),
+            members: collective.size(),
             params,
             room,
             ranks,
@@ -115,13 +118,28 @@ impl Grid {
 
     /// The longest sequence that one state can hold, in positions.
     pub(crate) fn context(&self) -> usize {
+        self.context_within(self.room.pages, KvType::F32)
+    }
+
+    /// [`Self::context`] of a state that can have so many pages.
+    pub(crate) fn context_within(&self, pages: usize, kv: KvType) -> usize {
         let config = self.params.config();
-        let cached = self.room.pages.saturating_mul(crate::KvType::F32.page_len());
+        let cached = pages.saturating_mul(kv.page_len());
         match config.sliding_window {
             // What no later row sees is freed, so that a full window and a chunk are enough for any length.
-            Some(window) if cached >= window.saturating_add(MOST_ROWS + crate::KvType::F32.page_len()) => config.max_position_embeddings,
+            Some(window) if cached >= window.saturating_add(MOST_ROWS + kv.page_len()) => config.max_position_embeddings,
             _ => cached.min(config.max_position_embeddings),
         }
+    }
+
+    pub(crate) fn stages(&self) -> usize {
+        self.ranks.last().map_or(1, |last| last.stage + 1)
+    }
+
+    /// Bytes that a page takes, over all places of this process.
+    pub(crate) fn page_bytes(&self) -> usize {
+        let head = size_of::<f32>() * BLOCK * self.params.config().head_dim;
+        self.ranks.iter().map(|rank| 2 * rank.layers.len() * rank.partition.kv_heads.len() * head).sum()
     }
 
     pub(crate) fn ranks(&self) -> &[RankInfo] {

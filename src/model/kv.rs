@@ -37,7 +37,6 @@ impl PagePool {
     }
 
     /// Pages that there are.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn total(&self) -> usize {
         self.total
     }
@@ -47,17 +46,12 @@ impl PagePool {
         self.pages().held()
     }
 
-    /// Pages that nobody holds.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
-    pub(crate) fn free_pages(&self) -> usize {
-        self.total - self.held()
-    }
-
-    fn take(&self, wanted: usize, page_len: usize) -> Result<Vec<PageId>> {
+    fn take(&self, wanted: usize, page_len: usize, most: usize) -> Result<Vec<PageId>> {
         let mut pages = self.pages();
-        let free = self.total - pages.held();
+        let total = self.total.min(most);
+        let free = total.saturating_sub(pages.held());
         if wanted > free {
-            return Err(Error::CacheFull { wanted, free, total: self.total, page_len });
+            return Err(Error::CacheFull { wanted, free, total, page_len });
         }
         let take = |_| {
             let page = pages.returned.pop_first().unwrap_or_else(|| {
@@ -106,13 +100,11 @@ pub(crate) struct Lease {
     stored: usize,
     /// `[from, to]`: `to` is in `seq`, `from` is held until it has been copied, so that nobody writes it before.
     copies: Vec<[PageId; 2]>,
-    /// How many of them went along with a batch.
-    sent: usize,
 }
 
 impl Lease {
     pub(crate) fn new(pool: Arc<PagePool>, kv: KvType) -> Self {
-        Self { pool, kv, seq: Seq::default(), stored: 0, copies: Vec::new(), sent: 0 }
+        Self { pool, kv, seq: Seq::default(), stored: 0, copies: Vec::new() }
     }
 
     pub(crate) fn is_of(&self, pool: &Arc<PagePool>) -> bool {
@@ -131,19 +123,14 @@ impl Lease {
         self.seq.pages.len()
     }
 
-    /// What the next batch must copy first, `[from, to]` in order. Batches may follow each other before the first is committed, but
-    /// only one copies a page: the next would undo what the first wrote.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
-    pub(crate) fn take_copies(&mut self) -> Vec<[PageId; 2]> {
-        let copies = self.copies[self.sent..].to_vec();
-        self.sent = self.copies.len();
-        copies
+    /// What the batch that writes the reserved positions must copy first, `[from, to]` in order.
+    pub(crate) fn copies(&self) -> &[[PageId; 2]] {
+        &self.copies
     }
 
     /// A lease of the first `n` positions, which shares the pages of those from `seen` on: what a row at `n` sees.
     ///
     /// `None` if they are not all stored, or a page of theirs was freed.
-    #[cfg_attr(not(test), expect(dead_code))] // for a scheduler
     pub(crate) fn fork(&self, n: usize, seen: usize) -> Option<Self> {
         if n > self.stored {
             return None;
@@ -159,14 +146,15 @@ impl Lease {
         }
         self.pool.share(&pages);
         let seq = Seq { pages, first_page: first_page as u32 };
-        Some(Self { pool: self.pool.clone(), kv: self.kv, seq, stored: n, copies: Vec::new(), sent: 0 })
+        Some(Self { pool: self.pool.clone(), kv: self.kv, seq, stored: n, copies: Vec::new() })
     }
 
-    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::take_copies`] are made.
+    /// Holds pages for all positions before `end`; those from [`Self::stored`] on may be written once [`Self::copies`] are made. No more
+    /// than `most` pages of the pool are then held in all.
     ///
     /// # Errors
     /// [`Error::CacheFull`], and nothing has changed.
-    pub(crate) fn reserve(&mut self, end: usize) -> Result<()> {
+    pub(crate) fn reserve(&mut self, end: usize, most: usize) -> Result<()> {
         if end <= self.stored {
             return Ok(());
         }
@@ -176,7 +164,7 @@ impl Lease {
         let written = (self.stored / page_len).saturating_sub(first_page)..held.min(wanted);
         // Nobody else can come to share a page of this lease meanwhile: that takes the lease.
         let shared: Vec<usize> = written.filter(|&i| self.pool.is_shared(self.seq.pages[i])).collect();
-        let mut fresh = self.pool.take(shared.len() + wanted.saturating_sub(held), page_len)?;
+        let mut fresh = self.pool.take(shared.len() + wanted.saturating_sub(held), page_len, most)?;
         let added = fresh.split_off(shared.len());
         for (i, to) in shared.into_iter().zip(fresh) {
             let from = std::mem::replace(&mut self.seq.pages[i], to);
@@ -191,7 +179,6 @@ impl Lease {
     pub(crate) fn commit(&mut self, end: usize, seen: usize) {
         self.stored = end;
         self.pool.give(self.copies.drain(..).map(|[from, _]| from));
-        self.sent = 0;
         let behind = (seen / self.kv.page_len()).saturating_sub(self.seq.first_page as usize).min(self.seq.pages.len());
         self.pool.give(self.seq.pages.drain(..behind));
         self.seq.first_page += behind as u32;
@@ -208,7 +195,6 @@ impl Lease {
             self.seq.pages.iter_mut().filter(|page| **page == to).for_each(|page| *page = from);
             self.pool.give([to]);
         }
-        self.sent = 0;
         self.stored = self.stored.min(end);
         let keep = end.div_ceil(page_len).saturating_sub(self.seq.first_page as usize).min(self.seq.pages.len());
         self.pool.give(self.seq.pages.drain(keep..));

@@ -23,7 +23,7 @@ use crate::partition::TensorParallelConfig;
 /// The two differ only in the grid that they make of a list of devices. Calls may come from many threads; each advances sequences of
 /// its own, and on several stages they overlap.
 pub struct ParallelMistral<By> {
-    grid: Grid,
+    pub(crate) grid: Arc<Grid>,
     by: PhantomData<fn() -> By>,
 }
 
@@ -98,7 +98,7 @@ impl TensorParallelMistral {
             return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
         }
         let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective)?;
-        Ok(Self { grid, by: PhantomData })
+        Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 }
 
@@ -142,7 +142,8 @@ impl<By> ParallelMistral<By> {
         config.tensor = TensorParallelConfig::new(world, 0);
         config.validate(params.config())?;
         let local: Vec<usize> = (0..world).collect();
-        Ok(Self { grid: Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))?, by: PhantomData })
+        let grid = Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))?;
+        Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 
     /// The model's numbers.

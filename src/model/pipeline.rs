@@ -91,7 +91,7 @@ pub struct PipelineConfig {
     pub num_micro_batches: usize,
     /// Whether each stage has a thread of its own, so that stages compute at the same time. Off by default.
     pub async_execution: bool,
-    /// Bytes that the micro-batches' activations may take. 512 MiB by default.
+    /// Bytes that the micro-batches' activations, keys and values may take. 512 MiB by default.
     pub memory_budget: usize,
 }
 
@@ -111,19 +111,20 @@ impl PipelineConfig {
 
     /// As many micro-batches as fit `memory_budget` bytes, 1 to 8.
     ///
-    /// A micro-batch of 64 rows is counted as one f32 residual stream at each layer, for a pipeline with a stage per layer at
-    /// the longest: `64 * 4 * hidden_size * n_layers` bytes.
+    /// A micro-batch of 64 rows is counted as their keys and values at every layer, in f16 and with as many key-value heads as query
+    /// heads, `64 * 2 * 2 * hidden_size * n_layers` bytes, and their f32 residual stream, `64 * 4 * hidden_size` bytes.
     ///
     /// ```
     /// use torchless::PipelineConfig;
     ///
     /// assert_eq!(PipelineConfig::for_model(32, 4096, 512 << 20).num_micro_batches, 8);
-    /// assert_eq!(PipelineConfig::for_model(32, 4096, 128 << 20).num_micro_batches, 4);
+    /// assert_eq!(PipelineConfig::for_model(32, 4096, 128 << 20).num_micro_batches, 3);
     /// assert_eq!(PipelineConfig::for_model(32, 4096, 0).num_micro_batches, 1);
     /// ```
     #[must_use]
     pub fn for_model(n_layers: usize, hidden_size: usize, memory_budget: usize) -> Self {
-        let bytes = (Self::ROWS * size_of::<f32>()).saturating_mul(hidden_size).saturating_mul(n_layers);
+        let keys_and_values = (2 * size_of::<half::f16>()).saturating_mul(n_layers);
+        let bytes = keys_and_values.saturating_add(size_of::<f32>()).saturating_mul(Self::ROWS).saturating_mul(hidden_size);
         let num_micro_batches = (memory_budget / bytes.max(1)).clamp(1, Self::MOST);
         Self { num_micro_batches, memory_budget, ..Self::default() }
     }
@@ -208,7 +209,7 @@ mod tests {
         }
         state.push();
         assert!(state.has_output() && !state.can_accept());
-        assert_eq!(state.in_flight, [2, 1, 0]);
+        assert!(state.stages().eq([2, 1, 0]), "{state:?}");
         assert_eq!(state.pop(), Some(1));
         assert_eq!((state.has_output(), state.pop()), (false, None), "pop does not advance");
         state.advance();
@@ -231,7 +232,7 @@ mod tests {
             for budget in [0, 1, 4096, 512 << 20, usize::MAX] {
                 let config = PipelineConfig::for_model(layers, hidden, budget);
                 let batches = config.num_micro_batches;
-                let bytes = batches as f64 * 256.0 * layers as f64 * hidden as f64;
+                let bytes = batches as f64 * 256.0 * (layers as f64 + 1.0) * hidden as f64;
                 assert!((1..=8).contains(&batches), "{layers} layers of {hidden} in {budget}: {batches}");
                 assert!(batches == 1 || bytes <= budget as f64, "{layers} layers of {hidden} in {budget}: {batches}");
                 assert_eq!(config.memory_budget, budget);

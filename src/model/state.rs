@@ -35,6 +35,19 @@ impl InferenceState {
         Self { config, kv, tokens: Vec::new(), logits: Vec::new(), lease: None, checkpoint: None }
     }
 
+    /// Takes over tokens that were computed elsewhere, with what holds their keys and values. The state is empty before.
+    pub(crate) fn adopt(&mut self, tokens: Vec<u32>, lease: Lease, checkpoint: u64) {
+        (self.tokens, self.lease, self.checkpoint) = (tokens, Some(lease), Some(checkpoint));
+    }
+
+    /// Its tokens and what holds their keys and values, if anything does. The state is empty after.
+    pub(crate) fn give_up(&mut self) -> Option<(Vec<u32>, Lease)> {
+        let given = std::mem::take(&mut self.tokens);
+        let lease = self.lease.take();
+        self.reset();
+        lease.map(|lease| (given, lease))
+    }
+
     /// The logits after the last token: `[vocab_size]`, or empty before the first step and after [`Self::truncate`].
     #[must_use]
     pub fn logits(&self) -> &[f32] {

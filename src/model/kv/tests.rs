@@ -17,7 +17,7 @@ fn lease(pool: &Arc<PagePool>) -> Lease {
 
 /// Reserves up to `end`, as if a batch then wrote it.
 fn grow(lease: &mut Lease, end: usize) {
-    lease.reserve(end).unwrap();
+    lease.reserve(end, usize::MAX).unwrap();
     lease.commit(end, 0);
 }
 
@@ -33,11 +33,11 @@ fn a_fork_at_a_page_border_shares_pages_and_copies_none() {
     let mut donor = grown(&pool, 2 * PAGE + 1);
     let mut fork = donor.fork(2 * PAGE, 0).unwrap();
     assert_eq!(fork.seq().pages, donor.seq().pages[..2]);
-    assert_eq!((fork.stored(), pool.held(), pool.free_pages(), pool.total()), (2 * PAGE, 3, 1, 4));
-    fork.reserve(3 * PAGE).unwrap();
-    assert!(fork.take_copies().is_empty());
-    donor.reserve(3 * PAGE).unwrap();
-    assert!(donor.take_copies().is_empty());
+    assert_eq!((fork.stored(), pool.held(), pool.total() - pool.held(), pool.total()), (2 * PAGE, 3, 1, 4));
+    fork.reserve(3 * PAGE, usize::MAX).unwrap();
+    assert!(fork.copies().is_empty());
+    donor.reserve(3 * PAGE, usize::MAX).unwrap();
+    assert!(donor.copies().is_empty());
     drop(donor);
     assert_eq!(pool.held(), 3, "what the fork holds stays");
     drop(fork);
@@ -49,15 +49,14 @@ fn the_first_to_write_a_shared_page_copies_it_and_the_last_writes_it_in_place() 
     let pool = pool(8);
     let mut donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
-    fork.reserve(71).unwrap();
-    let [[from, to]] = fork.take_copies()[..] else { panic!("one page is shared") };
+    fork.reserve(71, usize::MAX).unwrap();
+    let [from, to] = fork.copies()[..].try_into().map(|[copy]: [_; 1]| copy).unwrap();
     assert_eq!((from, fork.seq().pages[1]), (donor.seq().pages[1], to));
     assert_ne!(from, to);
-    fork.reserve(72).unwrap();
-    assert!(fork.take_copies().is_empty(), "the batch before took it along");
     fork.commit(71, 0);
-    donor.reserve(71).unwrap();
-    assert!(donor.take_copies().is_empty(), "nobody else holds it now");
+    assert!(fork.copies().is_empty());
+    donor.reserve(71, usize::MAX).unwrap();
+    assert!(donor.copies().is_empty(), "nobody else holds it now");
     assert_eq!(pool.held(), 3);
 }
 
@@ -66,9 +65,9 @@ fn where_both_write_before_either_has_copied_both_copy_what_neither_writes() {
     let pool = pool(8);
     let mut donor = grown(&pool, 70);
     let mut fork = donor.fork(66, 0).unwrap();
-    fork.reserve(67).unwrap();
-    donor.reserve(71).unwrap();
-    let (a, b) = (donor.take_copies()[0], fork.take_copies()[0]);
+    fork.reserve(67, usize::MAX).unwrap();
+    donor.reserve(71, usize::MAX).unwrap();
+    let (a, b) = (donor.copies()[0], fork.copies()[0]);
     assert!(a[0] == b[0] && a[1] != b[1] && a[0] != a[1] && a[0] != b[1]);
     assert_eq!(pool.held(), 4);
     donor.commit(71, 0);
@@ -82,8 +81,8 @@ fn a_page_outlives_its_donor_until_it_is_copied() {
     let pool = pool(8);
     let donor = grown(&pool, 10);
     let mut fork = donor.fork(5, 0).unwrap();
-    fork.reserve(6).unwrap();
-    let [from, to] = fork.take_copies()[0];
+    fork.reserve(6, usize::MAX).unwrap();
+    let [from, to] = fork.copies()[0];
     drop(donor);
     let other = grown(&pool, PAGE);
     assert!(![from, to].contains(&other.seq().pages[0]), "it is not given out meanwhile");
@@ -96,7 +95,7 @@ fn a_fork_of_a_fork_shares_what_is_stored_and_not_what_is_still_to_be_copied() {
     let pool = pool(8);
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(69, 0).unwrap();
-    fork.reserve(70).unwrap();
+    fork.reserve(70, usize::MAX).unwrap();
     let second = fork.fork(68, 0).unwrap();
     assert_eq!(second.seq().pages, donor.seq().pages);
     drop((donor, fork));
@@ -109,8 +108,8 @@ fn a_truncated_lease_writes_no_page_that_a_fork_holds() {
     let mut donor = grown(&pool, 200);
     let fork = donor.fork(150, 0).unwrap();
     assert!(donor.truncate(100, 0));
-    donor.reserve(130).unwrap();
-    assert_eq!(donor.take_copies(), [[fork.seq().pages[1], donor.seq().pages[1]]]);
+    donor.reserve(130, usize::MAX).unwrap();
+    assert_eq!(donor.copies(), [[fork.seq().pages[1], donor.seq().pages[1]]]);
     // Page 2 was given back, so that a fresh one took its place.
     assert_ne!(donor.seq().pages[2], fork.seq().pages[2]);
     assert_eq!(donor.seq().pages[0], fork.seq().pages[0]);
@@ -122,10 +121,9 @@ fn a_truncation_takes_copies_back_that_were_never_made() {
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
     let before = fork.seq().clone();
-    fork.reserve(300).unwrap();
+    fork.reserve(300, usize::MAX).unwrap();
     assert!(fork.truncate(70, 0));
-    assert!(fork.take_copies().is_empty());
-    assert_eq!((fork.seq(), pool.held()), (&before, 2));
+    assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
 }
 
 #[test]
@@ -134,19 +132,18 @@ fn a_full_cache_changes_nothing() {
     let donor = grown(&pool, 70);
     let mut fork = donor.fork(70, 0).unwrap();
     let before = fork.seq().clone();
-    let error = fork.reserve(2 * PAGE + 1).unwrap_err();
+    let error = fork.reserve(2 * PAGE + 1, usize::MAX).unwrap_err();
     assert!(matches!(error, Error::CacheFull { wanted: 2, free: 1, total: 3, page_len: PAGE }), "{error}");
-    assert!(fork.take_copies().is_empty());
-    assert_eq!((fork.seq(), pool.held()), (&before, 2));
-    fork.reserve(2 * PAGE).unwrap();
-    assert_eq!(fork.take_copies().len(), 1);
+    assert_eq!((fork.seq(), fork.copies(), pool.held()), (&before, &[][..], 2));
+    fork.reserve(2 * PAGE, usize::MAX).unwrap();
+    assert_eq!(fork.copies().len(), 1);
 }
 
 #[test]
 fn a_fork_needs_what_its_rows_see_and_no_more() {
     let pool = pool(8);
     let mut donor = lease(&pool);
-    donor.reserve(200).unwrap();
+    donor.reserve(200, usize::MAX).unwrap();
     donor.commit(200, 130);
     assert_eq!(pool.held(), 2);
     assert!(donor.fork(200, 127).is_none(), "page 1 was freed");
@@ -180,11 +177,11 @@ impl Model {
         let Self { memory, written, sequences, .. } = self;
         let Sequence { lease, values } = &mut sequences[which];
         let page_len = lease.kv.page_len();
-        for [from, to] in lease.take_copies() {
-            let page = memory[&from].clone();
-            memory.insert(to, page);
+        for [from, to] in lease.copies() {
+            let page = memory[from].clone();
+            memory.insert(*to, page);
         }
-        for position in values.len()..end {
+        for position in lease.stored()..end {
             *written += 1;
             let page = lease.seq().pages[position / page_len - lease.seq().first_page as usize];
             memory.entry(page).or_insert_with(|| vec![0; 2 * PAGE])[position % page_len] = *written;
@@ -222,7 +219,7 @@ impl Model {
                 }
             }
             // A batch that fails, before or after it has written.
-            4 if self.sequences[which].lease.reserve(end).is_ok() => {
+            4 if self.sequences[which].lease.reserve(end, usize::MAX).is_ok() => {
                 if below(2) == 0 {
                     self.store(which, end);
                 }
@@ -233,19 +230,11 @@ impl Model {
             }
             _ => {
                 let before = (self.sequences[which].lease.seq().clone(), self.pool.held());
-                match self.sequences[which].lease.reserve(end) {
+                match self.sequences[which].lease.reserve(end, usize::MAX) {
                     Ok(()) => {
                         self.store(which, end);
-                        // Another may set out before the first is committed.
-                        let next = end + below(3) * 40;
-                        let follows = self.sequences[which].lease.reserve(next).is_ok();
-                        if follows {
-                            self.store(which, next);
-                        }
-                        for end in std::iter::once(end).chain(follows.then_some(next)) {
-                            let seen = self.seen(end);
-                            self.sequences[which].lease.commit(end, seen);
-                        }
+                        let seen = self.seen(end);
+                        self.sequences[which].lease.commit(end, seen);
                     }
                     Err(_) => assert_eq!((self.sequences[which].lease.seq().clone(), self.pool.held()), before),
                 }
@@ -265,7 +254,7 @@ impl Model {
             }
         }
         assert_eq!(self.pool.held(), held.len(), "pages are held exactly while a sequence has them");
-        assert_eq!(self.pool.free_pages(), self.pool.total() - held.len());
+        assert_eq!(self.pool.held(), held.len());
     }
 }
 
