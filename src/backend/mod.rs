@@ -216,7 +216,7 @@ pub(crate) use wgpu::Opened;
 /// There is nothing to open.
 #[cfg(not(feature = "gpu"))]
 #[derive(Default)]
-pub(crate) struct Opened;
+pub(crate) struct Opened {}
 
 /// Opens `device`, unless the model has done so before, and loads its assignment.
 pub(crate) fn place(

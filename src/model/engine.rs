@@ -26,11 +26,12 @@ pub(crate) struct Trip {
 impl Trip {
     /// Gives the logits to whoever waits.
     fn arrive(self) {
-        let logits = self.flow.and_then(|flow| match flow {
-            Flow::Host(logits) => Ok(logits),
+        let logits = match self.flow {
+            Ok(Flow::Host(logits)) => Ok(logits),
             #[cfg(feature = "gpu")]
-            Flow::Device(_) => Err(Error::DriverGone("the last stage left its logits on a device".into())),
-        });
+            Ok(Flow::Device(_)) => Err(Error::DriverGone("the last stage left its logits on a device".into())),
+            Err(e) => Err(e),
+        };
         // A caller that has gone away needs no answer.
         let _ = self.answer.send(logits);
     }
