@@ -3,6 +3,9 @@
 //! The order of additions is fixed, so that the same bits come out with any number of threads, rows and tiles: K is cut into
 //! blocks of 512 from the slice's start; within a block, lane l sums the products with k mod 16 = l as k rises; a fixed tree adds
 //! the 16 lanes; the blocks are added in order. Tiles only share loads between rows.
+//!
+//! One activation row is bound by memory: a tile of weight rows is read to its end while the next one is fetched. With more, groups
+//! of weight rows go through K block by block, so that the activations of a block stay in L1 while each weight is read once.
 
 use std::ops::Range;
 use std::sync::OnceLock;
@@ -12,6 +15,10 @@ use crate::kernels::matrix::{Matrix, Row};
 
 const LANES: usize = 16;
 const BLOCK: usize = 512;
+/// Weight rows that share a block of activations: a multiple of every tile's, few enough for a block of them and the next to lie in L2.
+const GROUP: usize = 48;
+/// Activation rows of the widest tile.
+const WIDEST: usize = 8;
 
 /// The instruction sets that the dot products are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +36,7 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512bw") {
                 found.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -94,111 +101,171 @@ fn dispatch<'w, W: Element + 'w>(
             Isa::Avx512 => avx512(row, rows, xs, put),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(row, rows, xs, put),
-            Isa::Portable => tiles::<[f32; 16], W, 2, 2>(row, rows, xs, put),
+            Isa::Portable => cover::<[f32; 16], W, 2, 2, 2, 2, 2>(row, rows, xs, put),
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
+// Without VL, halves of a vector live only in the first 16 registers, and the accumulators spill.
+#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
 unsafe fn avx512<'w, W: Element + 'w>(
     row: impl Fn(usize) -> &'w [W],
     rows: Range<usize>,
     xs: &[&[f32]],
     put: impl FnMut(usize, usize, f32),
 ) {
-    unsafe { tiles::<std::arch::x86_64::__m512, W, 4, 4>(row, rows, xs, put) }
+    unsafe { cover::<std::arch::x86_64::__m512, W, 8, 6, 4, 3, 8>(row, rows, xs, put) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn avx2<'w, W: Element + 'w>(row: impl Fn(usize) -> &'w [W], rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
-    unsafe { tiles::<[std::arch::x86_64::__m256; 2], W, 3, 2>(row, rows, xs, put) }
+    unsafe { cover::<[std::arch::x86_64::__m256; 2], W, 4, 3, 2, 3, 2>(row, rows, xs, put) }
 }
 
-/// Covers rows x xs with tiles of R x C, and their edges with smaller ones.
+/// Covers rows x xs with tiles of R1 x 1, R2 x C2 and R3 x C3, by how many activation rows are left.
 #[inline(always)]
-unsafe fn tiles<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
+unsafe fn cover<'w, L: Lanes, W: Element + 'w, const R1: usize, const R2: usize, const C2: usize, const R3: usize, const C3: usize>(
     row: impl Fn(usize) -> &'w [W],
     rows: Range<usize>,
     xs: &[&[f32]],
     mut put: impl FnMut(usize, usize, f32),
 ) {
-    let mut r = rows.start;
-    while r < rows.end {
-        let many_rows = rows.end - r >= R;
+    let mut panel = Panel([[0.0; LANES]; WIDEST * BLOCK / LANES]);
+    for first in rows.clone().step_by(GROUP) {
+        // Beyond the end the last row is repeated, so that every tile is whole.
+        let w: [&[W]; GROUP] = std::array::from_fn(|i| row((first + i).min(rows.end - 1)));
+        let count = GROUP.min(rows.end - first);
         let mut c = 0;
         while c < xs.len() {
-            let many_xs = xs.len() - c >= C;
+            let left = xs.len() - c;
+            let width = if left == 1 { 1 } else { if left <= C2 { C2 } else { C3 } };
+            let x = &xs[c..(c + width).min(xs.len())];
+            let put = |r, i, dot| put(first + r, c + i, dot);
             unsafe {
-                match (many_rows, many_xs) {
-                    (true, true) => tile::<L, W, R, C>(&row, r, xs, c, &mut put),
-                    (true, false) => tile::<L, W, R, 1>(&row, r, xs, c, &mut put),
-                    (false, true) => tile::<L, W, 1, C>(&row, r, xs, c, &mut put),
-                    (false, false) => tile::<L, W, 1, 1>(&row, r, xs, c, &mut put),
+                if width == 1 {
+                    tiles::<L, W, R1, 1>(&w, count, x, &mut panel, put);
+                } else if width == C2 {
+                    tiles::<L, W, R2, C2>(&w, count, x, &mut panel, put);
+                } else {
+                    tiles::<L, W, R3, C3>(&w, count, x, &mut panel, put);
                 }
             }
-            c += if many_xs { C } else { 1 };
+            c += width;
         }
-        r += if many_rows { R } else { 1 };
     }
 }
 
-/// The dot products of weight rows r.. r + R with activation rows c .. c + C.
-#[inline(always)]
-unsafe fn tile<'w, L: Lanes, W: Element + 'w, const R: usize, const C: usize>(
-    row: impl Fn(usize) -> &'w [W],
-    r: usize,
-    xs: &[&[f32]],
-    c: usize,
-    mut put: impl FnMut(usize, usize, f32),
-) {
-    let w: [&[W]; R] = std::array::from_fn(|i| row(r + i));
-    let x: [&[f32]; C] = std::array::from_fn(|i| xs[c + i]);
-    let n = x[0].len();
-    // The pointers below stay inside the rows because all have the same length.
-    assert!(w.iter().all(|w| w.len() == n) && x.iter().all(|x| x.len() == n));
-    let mut total = [[0.0f32; C]; R];
-    for start in (0..n).step_by(BLOCK) {
-        let end = (start + BLOCK).min(n);
-        unsafe {
-            let mut sum = [[L::zero(); C]; R];
-            let whole = end - (end - start) % LANES;
-            for k in (start..whole).step_by(LANES) {
-                // Loops and no closures: intrinsics would not be inlined through those.
-                let mut xk = [L::zero(); C];
-                for j in 0..C {
-                    xk[j] = L::load_f32(x[j].as_ptr().add(k));
-                }
-                for i in 0..R {
-                    let wk: L = W::load(w[i].as_ptr().add(k));
-                    for j in 0..C {
-                        sum[i][j] = sum[i][j].fma(wk, xk[j]);
-                    }
-                }
+/// A block of up to C activation rows, 16 elements of each in turn: `[BLOCK / 16, C, 16]`. One stream, whatever the rows' addresses.
+#[repr(align(64))]
+struct Panel([[f32; LANES]; WIDEST * BLOCK / LANES]);
+
+impl Panel {
+    /// Elements `block` of each of `xs`. What is missing of the last 16 and of C rows becomes zero.
+    #[inline(always)]
+    fn pack<const C: usize>(&mut self, xs: &[&[f32]], block: Range<usize>) {
+        for j in 0..C {
+            let (whole, tail) = xs.get(j).map_or(&[][..], |x| &x[block.clone()]).as_chunks::<LANES>();
+            for (s, values) in whole.iter().enumerate() {
+                self.0[s * C + j] = *values;
             }
-            if whole < end {
-                // Zeros beyond the end add nothing.
-                let mut xk = [L::zero(); C];
-                for j in 0..C {
-                    xk[j] = L::load_f32(padded(&x[j][whole..end]).as_ptr());
-                }
-                for i in 0..R {
-                    let wk: L = W::load(padded(&w[i][whole..end]).as_ptr());
-                    for j in 0..C {
-                        sum[i][j] = sum[i][j].fma(wk, xk[j]);
-                    }
-                }
-            }
-            for i in 0..R {
-                for j in 0..C {
-                    total[i][j] += sum[i][j].sum();
-                }
+            for s in whole.len()..block.len().div_ceil(LANES) {
+                self.0[s * C + j] = padded(tail);
             }
         }
     }
-    for (i, dots) in total.into_iter().enumerate() {
-        dots.into_iter().enumerate().for_each(|(j, dot)| put(r + i, c + j, dot));
+}
+
+/// The dot products of the first `count` rows of `w` with up to C activation rows.
+#[inline(always)]
+unsafe fn tiles<L: Lanes, W: Element, const R: usize, const C: usize>(
+    w: &[&[W]; GROUP],
+    count: usize,
+    xs: &[&[f32]],
+    panel: &mut Panel,
+    mut put: impl FnMut(usize, usize, f32),
+) {
+    const { assert!(GROUP.is_multiple_of(R) && C <= WIDEST) };
+    let n = xs[0].len();
+    let stride = w[1].as_ptr().addr().wrapping_sub(w[0].as_ptr().addr());
+    // A single activation row has nothing to share: the weights are best read row by row.
+    let together = if C == 1 { R } else { count };
+    for first in (0..count).step_by(together) {
+        let mut totals = [[0.0f32; C]; GROUP];
+        for start in (0..n).step_by(BLOCK) {
+            let block = start..(start + BLOCK).min(n);
+            let x = if C == 1 && block.len() == BLOCK {
+                xs[0][block.clone()].as_ptr()
+            } else {
+                panel.pack::<C>(xs, block.clone());
+                panel.0.as_ptr().cast()
+            };
+            // From these weights to those that the same tile of the next round takes.
+            let ahead = if C == 1 {
+                R * stride
+            } else if block.end < n {
+                BLOCK * size_of::<W>()
+            } else {
+                (GROUP * stride).wrapping_sub(start * size_of::<W>())
+            };
+            for r in (first..first + together).step_by(R) {
+                let w: [&[W]; R] = std::array::from_fn(|i| &w[r + i][block.clone()]);
+                unsafe { tile::<L, W, R, C>(w, x, ahead, &mut totals[r - first..][..R]) };
+            }
+        }
+        for (r, dots) in (first..count.min(first + together)).zip(totals) {
+            for (i, dot) in dots.into_iter().take(xs.len()).enumerate() {
+                put(r, i, dot);
+            }
+        }
+    }
+}
+
+/// Adds to `totals` the dot products of a block of R weight rows with C activation rows, which `x` points to, packed as in [`Panel`].
+/// The weights `ahead` bytes on are fetched meanwhile.
+#[inline(always)]
+unsafe fn tile<L: Lanes, W: Element, const R: usize, const C: usize>(w: [&[W]; R], x: *const f32, ahead: usize, totals: &mut [[f32; C]]) {
+    let n = w[0].len();
+    // The pointers below stay inside the rows because all have the same length.
+    assert!(w.iter().all(|w| w.len() == n));
+    unsafe {
+        let mut sum = [[L::zero(); C]; R];
+        // Loops and no closures: intrinsics would not be inlined through those.
+        for s in 0..n / LANES {
+            let mut wk = [L::zero(); R];
+            for i in 0..R {
+                let p = w[i].as_ptr().add(s * LANES);
+                if (s * LANES * size_of::<W>()).is_multiple_of(64) {
+                    L::prefetch(p.wrapping_byte_add(ahead));
+                }
+                wk[i] = W::load(p);
+            }
+            fma_all(&mut sum, &wk, x.add(s * C * LANES));
+        }
+        if !n.is_multiple_of(LANES) {
+            // Zeros beyond the end add nothing.
+            let whole = n - n % LANES;
+            let mut wk = [L::zero(); R];
+            for i in 0..R {
+                wk[i] = W::load(padded(&w[i][whole..]).as_ptr());
+            }
+            fma_all(&mut sum, &wk, x.add(whole * C));
+        }
+        L::add_sums(sum.as_flattened(), totals.as_flattened_mut());
+    }
+}
+
+/// `sum[i][j] += w[i] * x[j]`, lane by lane.
+#[inline(always)]
+unsafe fn fma_all<L: Lanes, const R: usize, const C: usize>(sum: &mut [[L; C]; R], w: &[L; R], x: *const f32) {
+    unsafe {
+        for j in 0..C {
+            let xj = L::load_f32(x.add(j * LANES));
+            for i in 0..R {
+                sum[i][j] = sum[i][j].fma(w[i], xj);
+            }
+        }
     }
 }
 
