@@ -95,11 +95,8 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         n += 1;
     }
     let is_same = if alone == stories[0] { "the same text" } else { "another text" };
-    println!("\n{} texts at once: {together:.0} tokens a second. The first of them alone: {is_same}, ", stories.len());
-    println!(
-        "{:.0} a second, since its next token must wait for all stages to compute the last.",
-        f64::from(n) / start.elapsed().as_secs_f64()
-    );
+    let rate = f64::from(n) / start.elapsed().as_secs_f64();
+    println!("\n{} texts at once: {together:.0} tokens a second. The first of them alone: {is_same}, {rate:.0} a second.", stories.len());
 
     // The stories are a longer prompt. What they took of the cache is not needed any more.
     scheduler.forget_prefixes();
@@ -119,14 +116,14 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
         token?;
     }
     let decode = model.timeline()?.between(prefill.range_ms().1, f64::INFINITY)?;
-    println!("\nA text's beginning and its first tokens, one by one: only one stage has work at a time.");
+    println!("\nA text's beginning, and its next tokens one by one: each waits for all stages to compute the one before.");
     print!("{}", decode.text(COLUMNS));
 
     for story in submit(&scheduler, &args.prompt, &few(&options))? {
         block_on_stream(story).try_for_each(|token| token.map(drop))?;
     }
     let together = model.timeline()?.between(decode.range_ms().1, f64::INFINITY)?;
-    println!("\nThe same of all {} texts: while one stage computes some of them, the other computes the others.", stories.len());
+    println!("\nThe same of all {} texts: while one stage computes some of them, another computes others.", stories.len());
     print!("{}", together.text(COLUMNS));
 
     if let Some(path) = &args.svg {

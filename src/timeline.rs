@@ -49,7 +49,7 @@ struct Row {
     device: String,
     /// What it did for micro-batches, by beginning.
     work: Vec<Span>,
-    /// When it waited for the scheduler.
+    /// When it waited for the next.
     waits: Vec<Span>,
 }
 

@@ -109,7 +109,7 @@ fn the_picture_has_boxes_with_tooltips_numbers_and_shares() {
         ">70%<",
         ">40%<",
         ">10 ms<",
-        "waiting for the scheduler</title>",
+        "waiting for the next micro-batch</title>",
     ] {
         assert!(svg.contains(part), "{part} in {svg}");
     }
