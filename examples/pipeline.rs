@@ -119,15 +119,17 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     println!("\nA text's beginning, and its next tokens one by one: each waits for all stages to compute the one before.");
     print!("{}", decode.text(COLUMNS));
 
-    for story in submit(&scheduler, &args.prompt, &few(&options))? {
-        block_on_stream(story).try_for_each(|token| token.map(drop))?;
+    if stories.len() > 1 {
+        for story in submit(&scheduler, &args.prompt, &few(&options))? {
+            block_on_stream(story).try_for_each(|token| token.map(drop))?;
+        }
+        let together = model.timeline()?.between(decode.range_ms().1, f64::INFINITY)?;
+        println!("\nThe same of all {} texts: while one stage computes some of them, another computes others.", stories.len());
+        print!("{}", together.text(COLUMNS));
     }
-    let together = model.timeline()?.between(decode.range_ms().1, f64::INFINITY)?;
-    println!("\nThe same of all {} texts: while one stage computes some of them, another computes others.", stories.len());
-    print!("{}", together.text(COLUMNS));
 
     if let Some(path) = &args.svg {
-        std::fs::write(path, prefill.svg())?;
+        std::fs::write(path, prefill.svg()).map_err(|e| format!("cannot write {}: {e}", path.display()))?;
         println!("\nThe prefill is drawn in {}", path.display());
     }
     Ok(())
