@@ -15,9 +15,9 @@ const LIMIT: u64 = 256 << 20;
 /// Milliseconds that a picture spans at least, so that its scale is finite.
 const LEAST: f64 = 1e-9;
 
-/// What each rank of a grid did when: a trace that [`TensorParallelMistral::write_trace`] (or the command's `--trace`) wrote.
+/// What each rank of a grid did when: [`TensorParallelMistral::timeline`], or a trace that `write_trace` (or the command's `--trace`) wrote.
 ///
-/// Time counts in milliseconds from the beginning of the first span.
+/// Time counts in milliseconds from when the first micro-batch began, to when the last ended.
 ///
 /// ```
 /// use torchless::Timeline;
@@ -32,7 +32,7 @@ const LEAST: f64 = 1e-9;
 /// # Ok::<(), torchless::Error>(())
 /// ```
 ///
-/// [`TensorParallelMistral::write_trace`]: crate::TensorParallelMistral::write_trace
+/// [`TensorParallelMistral::timeline`]: crate::TensorParallelMistral::timeline
 #[derive(Debug, Clone, PartialEq)]
 pub struct Timeline {
     /// By stage and rank.
@@ -49,7 +49,7 @@ struct Row {
     device: String,
     /// What it did for micro-batches, by beginning.
     work: Vec<Span>,
-    /// When it waited for the scheduler.
+    /// When it waited for the next.
     waits: Vec<Span>,
 }
 
@@ -74,7 +74,7 @@ pub struct Busy {
     pub device: String,
     /// Spans of computing, reading, reducing and writing.
     pub spans: usize,
-    /// Milliseconds from the first of them to the end of the last.
+    /// Milliseconds that the timeline lasts, over all ranks.
     pub elapsed_ms: f64,
     /// Milliseconds of computing among them.
     pub computing_ms: f64,
@@ -108,14 +108,14 @@ impl Timeline {
         read::rows(trace.as_bytes()).map(Self::new).map_err(|e| Error::Trace { name: "the text".into(), problem: e.to_string() })
     }
 
-    /// All of these rows, from their first beginning to their last end.
+    /// All of these rows, from when the first micro-batch began to when the last ended: what a stage waited before is nobody's time.
     fn new(mut rows: Vec<Row>) -> Self {
-        let spans = || rows.iter().flat_map(|row| row.work.iter().chain(&row.waits));
-        let origin = spans().map(|span| span.start).reduce(f64::min).unwrap_or(0.0);
-        let end = spans().map(|span| span.end).reduce(f64::max).unwrap_or(0.0);
-        for span in rows.iter_mut().flat_map(|row| row.work.iter_mut().chain(&mut row.waits)) {
-            span.start -= origin;
-            span.end -= origin;
+        let work = || rows.iter().flat_map(|row| &row.work);
+        let origin = work().map(|span| span.start).reduce(f64::min).unwrap_or(0.0);
+        let end = work().map(|span| span.end).reduce(f64::max).unwrap_or(origin);
+        for row in &mut rows {
+            row.work.iter_mut().chain(&mut row.waits).for_each(|span| (span.start, span.end) = (span.start - origin, span.end - origin));
+            row.waits = cut(&row.waits, (0.0, end - origin));
         }
         Self { rows, from: 0.0, to: end - origin }
     }
@@ -133,10 +133,7 @@ impl Timeline {
             return refused("to", to_ms, "it must lie after the beginning");
         }
         let (from, to) = (from_ms.max(self.from), to_ms.min(self.to));
-        let cut = |spans: &[Span]| {
-            let inside = spans.iter().filter(|span| span.end > from && span.start < to);
-            inside.map(|span| Span { start: span.start.max(from), end: span.end.min(to), ..*span }).collect()
-        };
+        let cut = |spans: &[Span]| cut(spans, (from, to));
         let rows = self.rows.iter().map(|row| Row { work: cut(&row.work), waits: cut(&row.waits), ..row.clone() });
         Ok(Self { rows: rows.collect(), from, to })
     }
@@ -147,10 +144,10 @@ impl Timeline {
         (self.from, self.to)
     }
 
-    /// How busy each rank was between its first and its last span, stage after stage.
+    /// How busy each rank was, stage after stage.
     #[must_use]
     pub fn busy(&self) -> Vec<Busy> {
-        self.rows.iter().map(Row::busy).collect()
+        self.rows.iter().map(|row| row.busy(self.to - self.from)).collect()
     }
 
     /// The picture, as an SVG document: time goes across, a row is a rank, a box a micro-batch, whose computing is solid. The number
@@ -206,12 +203,17 @@ impl Row {
         })
     }
 
-    fn busy(&self) -> Busy {
+    fn busy(&self, elapsed_ms: f64) -> Busy {
         let computing_ms = covered(self.work.iter().filter(|span| span.category == Category::Compute));
-        let elapsed_ms = self.work.first().map_or(0.0, |first| last_end(&self.work) - first.start);
         let share = if elapsed_ms > 0.0 { (computing_ms / elapsed_ms).min(1.0) } else { 0.0 };
         Busy { stage: self.stage, rank: self.rank, device: self.device.clone(), spans: self.work.len(), elapsed_ms, computing_ms, share }
     }
+}
+
+/// What of the spans lies between two times.
+fn cut(spans: &[Span], (from, to): (f64, f64)) -> Vec<Span> {
+    let inside = spans.iter().filter(|span| span.end > from && span.start < to);
+    inside.map(|span| Span { start: span.start.max(from), end: span.end.min(to), ..*span }).collect()
 }
 
 fn last_end(spans: &[Span]) -> f64 {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
 
@@ -113,8 +113,8 @@ impl Trace {
         sums
     }
 
-    /// Writes one JSON document with `traceEvents`, a `tid` a (stage, rank).
-    pub(crate) fn write(&self, path: &Path) -> Result<()> {
+    /// One JSON document with `traceEvents`, a `tid` a (stage, rank).
+    pub(crate) fn document(&self) -> Value {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         let micros = |t: Instant| t.saturating_duration_since(self.origin).as_secs_f64() * 1e6;
         let names = self.rows.iter().enumerate().map(|(tid, row)| {
@@ -127,10 +127,14 @@ impl Trace {
             json!({"name": category, "cat": category, "ph": "X", "pid": 1, "tid": s.row, "ts": micros(s.start),
                 "dur": (s.end - s.start).as_secs_f64() * 1e6, "args": args})
         });
-        let document = json!({"traceEvents": names.chain(events).collect::<Vec<_>>(), "displayTimeUnit": "ms", "dropped": spans.1});
+        json!({"traceEvents": names.chain(events).collect::<Vec<_>>(), "displayTimeUnit": "ms", "dropped": spans.1})
+    }
+
+    /// Writes [`Self::document`].
+    pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let file = std::fs::File::create(path).map_err(Error::io("create", path))?;
         let mut file = std::io::BufWriter::new(file);
-        let written = serde_json::to_writer(&mut file, &document).map_err(std::io::Error::from).and_then(|()| file.flush());
+        let written = serde_json::to_writer(&mut file, &self.document()).map_err(std::io::Error::from).and_then(|()| file.flush());
         written.map_err(|e| {
             // Half a document is of no use, unless it went to a pipe; the first error is the one to tell.
             if path.is_file() {

@@ -276,7 +276,27 @@ fn load_on_gpus() -> Result<(), torchless::Error> {
     Ok(())
 }
 
-// `PipelineParallelMistral` has no snippet here yet: it doesn't exist yet.
+#[test]
+fn pipeline_parallel_mistral() -> Result<(), torchless::Error> {
+    use torchless::{InferenceState, ParallelConfig, Parameters};
+
+    let params = Parameters::load(fixture("tiny-mistral"))?;
+    let mut state = InferenceState::new(params.config());
+    let layers = params.config().n_layers;
+    let token = 1;
+
+    use torchless::PipelineParallelMistral;
+
+    let config = ParallelConfig::pipeline(4);
+    let model = PipelineParallelMistral::load(params, config)?;
+
+    model.forward(&mut state, token, false);
+    assert_eq!((state.position(), state.logits().len()), (1, 320));
+    model.fast_forward(&mut state, token, false);
+    assert_eq!(state.tokens(), [1, 1]);
+    assert_eq!(model.ranks().len(), layers.min(4), "a rank a stage");
+    Ok(())
+}
 
 fn fixture(name: &str) -> std::path::PathBuf {
     std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)

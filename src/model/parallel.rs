@@ -17,6 +17,7 @@ use crate::model::pipeline::PipelineConfig;
 use crate::model::state::InferenceState;
 use crate::params::Parameters;
 use crate::partition::TensorParallelConfig;
+use crate::timeline::Timeline;
 
 /// A Mistral-family model on a grid of stages x ranks: [`TensorParallelMistral`] or [`PipelineParallelMistral`].
 ///
@@ -311,6 +312,14 @@ impl<By> ParallelMistral<By> {
     /// If the file can't be written.
     pub fn write_trace(&self, path: impl AsRef<Path>) -> Result<()> {
         self.grid.trace().write(path.as_ref())
+    }
+
+    /// What was recorded so far, as a picture of the pipeline.
+    ///
+    /// # Errors
+    /// As [`Timeline::from_json`].
+    pub fn timeline(&self) -> Result<Timeline> {
+        Timeline::from_json(&self.grid.trace().document().to_string())
     }
 }
 

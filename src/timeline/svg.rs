@@ -18,15 +18,17 @@ const SHARES: f64 = 56.0;
 const PALETTE: [&str; 8] = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f"];
 
 const LEGEND: &str = "a box is a micro-batch: solid where it is computed, light where it is read, reduced, written or waits for other ranks; \
-    a grey line is waiting for the scheduler";
+    a grey line is waiting for the next";
 
 pub(super) fn draw(timeline: &Timeline) -> String {
     let labels: Vec<String> = timeline.rows.iter().map(Row::label).collect();
     let longest = labels.iter().map(|label| label.chars().count().min(LABEL)).max().unwrap_or(0);
+    let elapsed = timeline.to - timeline.from;
     let plot = Plot {
         left: longest as f64 * CHAR + 16.0,
         from: timeline.from,
-        scale: PLOT / (timeline.to - timeline.from).max(super::LEAST),
+        elapsed,
+        scale: PLOT / elapsed.max(super::LEAST),
         first: timeline.first(),
     };
     let (width, bottom) = (plot.left + PLOT + SHARES, ABOVE + PITCH * labels.len() as f64);
@@ -50,6 +52,7 @@ pub(super) fn draw(timeline: &Timeline) -> String {
 struct Plot {
     left: f64,
     from: f64,
+    elapsed: f64,
     /// Pixels of a millisecond.
     scale: f64,
     first: u64,
@@ -85,9 +88,9 @@ impl Plot {
         row.stays().for_each(|stay| svg += &self.stay(&stay, y));
         if !row.waits.is_empty() {
             let waits: String = row.waits.iter().map(|wait| self.part(wait.start, wait.end, y + BOX + 2.0, 2.0)).collect();
-            svg += &format!("<path d=\"{waits}\" fill=\"#999\"><title>waiting for the scheduler</title></path>\n");
+            svg += &format!("<path d=\"{waits}\" fill=\"#999\"><title>waiting for the next micro-batch</title></path>\n");
         }
-        let share = row.busy().share * 100.0;
+        let share = row.busy(self.elapsed).share * 100.0;
         svg + &format!("<text x=\"{:.2}\" y=\"{text:.2}\">{share:.0}%</text>\n", self.left + PLOT + 8.0)
     }
 

@@ -56,14 +56,26 @@ fn spans_of_a_micro_batch_that_follow_one_another_are_a_box() {
 }
 
 #[test]
-fn busy_is_computing_between_the_first_and_the_last_span() {
+fn busy_is_the_share_of_the_whole_time_that_is_computing() {
     let busy = pipeline().busy();
-    assert_eq!([busy[0].share, busy[1].share], [7.0 / 8.0, 4.0 / 6.0]);
-    assert_eq!((busy[1].elapsed_ms, busy[1].computing_ms, busy[1].spans), (6.0, 4.0, 4), "waiting for the scheduler counts nowhere");
+    assert_eq!([busy[0].share, busy[1].share], [0.7, 0.4]);
+    assert_eq!((busy[1].elapsed_ms, busy[1].computing_ms, busy[1].spans), (10.0, 4.0, 4), "waiting is no span of work");
     assert_eq!((busy[1].stage, busy[1].rank, busy[1].device.as_str()), (1, 0, "gpu:0"));
     let overlapping =
         timeline(&[span(0, 0, "compute", 0.0, 4000.0, 1), span(0, 0, "compute", 1000.0, 5000.0, 1), span(0, 0, "read", 6000.0, 2000.0, 1)]);
     assert_eq!(overlapping.busy()[0].share, 0.75, "no time is computed in twice");
+}
+
+#[test]
+fn what_was_waited_before_the_first_micro_batch_is_not_shown() {
+    let found = timeline(&[
+        span(0, 0, "schedule", 0.0, 9000.0, 5),
+        span(1, 0, "schedule", 2000.0, 9000.0, 5),
+        span(0, 0, "compute", 9000.0, 2000.0, 5),
+        span(1, 0, "compute", 11000.0, 2000.0, 5),
+    ]);
+    assert_eq!(found.range_ms(), (0.0, 4.0));
+    assert_eq!((found.rows[0].waits.len(), found.rows[1].waits[0].start, found.rows[1].waits[0].end), (0, 0.0, 2.0));
 }
 
 #[test]
@@ -75,8 +87,8 @@ fn text_has_a_line_a_rank_with_micro_batches_and_shares() {
     let line = |parts: &[(&str, usize)]| parts.iter().map(|(symbol, times)| symbol.repeat(*times)).collect::<String>();
     let first = line(&[("1", 21), ("-", 7), ("2", 28), (" ", 14)]);
     let second = line(&[(".", 28), ("-", 7), ("1", 14), ("-", 7), ("2", 14)]);
-    assert_eq!(lines[1], format!("stage 0 rank 0 (cpu)   |{first}|  88%"));
-    assert_eq!(lines[2], format!("stage 1 rank 0 (gpu:0) |{second}|  67%"));
+    assert_eq!(lines[1], format!("stage 0 rank 0 (cpu)   |{first}|  70%"));
+    assert_eq!(lines[2], format!("stage 1 rank 0 (gpu:0) |{second}|  40%"));
     for columns in [0, 40, 1000, usize::MAX] {
         let widest = pipeline().text(columns).lines().take(3).map(|line| line.chars().count()).max().unwrap();
         assert!(widest <= columns.clamp(40, 1000), "{widest} of {columns}");
@@ -94,10 +106,10 @@ fn the_picture_has_boxes_with_tooltips_numbers_and_shares() {
     for part in [
         "micro-batch 1: 16 rows, 4.000 ms from 0.000 ms, 3.000 ms of them",
         ">stage 0 rank 0 (cpu)<",
-        ">88%<",
-        ">67%<",
+        ">70%<",
+        ">40%<",
         ">10 ms<",
-        "waiting for the scheduler</title>",
+        "waiting for the next micro-batch</title>",
     ] {
         assert!(svg.contains(part), "{part} in {svg}");
     }

@@ -16,17 +16,22 @@ pub(super) fn draw(timeline: &Timeline, columns: usize) -> String {
 
     let (from, to) = (format!("{:.3}", timeline.from), format!("{:.3} ms", timeline.to));
     let mut text = format!("{:gutter$}  {from}{to:>rest$}  busy\n", "", rest = width.saturating_sub(from.len()));
-    let first = timeline.first();
     for (row, label) in timeline.rows.iter().zip(labels) {
-        let share = format!("{:.0}%", row.busy().share * 100.0);
-        text += &format!("{label:gutter$} |{}| {share:>4}\n", cells(row, first, (timeline.from, timeline.to), width));
+        let share = format!("{:.0}%", row.busy(timeline.to - timeline.from).share * 100.0);
+        text += &format!("{label:gutter$} |{}| {share:>4}\n", cells(row, timeline, width));
     }
-    text + "1 to 9, a to z, A to Z: computes that micro-batch; -: reads, reduces, writes; .: waits for the scheduler\n"
+    let cell = cell(timeline, width);
+    text + &format!("a character is {cell:.3} ms; 1 to 9, a to z, A to Z: computes that micro-batch, -: reads, reduces, writes, .: waits\n")
+}
+
+/// Milliseconds of a character.
+fn cell(timeline: &Timeline, width: usize) -> f64 {
+    (timeline.to - timeline.from).max(super::LEAST) / width as f64
 }
 
 /// One character for each of `width` stretches: the micro-batch that computes longest in it, otherwise what else there is.
-fn cells(row: &Row, first: u64, (from, to): (f64, f64), width: usize) -> String {
-    let cell = (to - from).max(super::LEAST) / width as f64;
+fn cells(row: &Row, timeline: &Timeline, width: usize) -> String {
+    let (first, from, cell) = (timeline.first(), timeline.from, cell(timeline, width));
     let touched = |start: f64, end: f64| {
         let left = (((start - from) / cell) as usize).min(width - 1);
         left..(((end - from) / cell).ceil() as usize).clamp(left + 1, width)
