@@ -13,7 +13,9 @@ const LINE: Duration = Duration::from_secs(30);
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    let seconds = args.iter().position(|arg| arg == "--seconds").map_or(600, |at| {
+    // `cargo bench` says --bench. `cargo test --benches` doesn't: then a moment shows that it runs.
+    let default = if args.iter().any(|arg| arg == "--bench") { 600 } else { 5 };
+    let seconds = args.iter().position(|arg| arg == "--seconds").map_or(default, |at| {
         let value = args.get(at + 1).and_then(|seconds| seconds.parse().ok());
         value.unwrap_or_else(|| panic!("--seconds needs a whole number"))
     });
