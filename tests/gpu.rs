@@ -5,7 +5,11 @@
 mod common;
 
 use common::{Spec, at_least, fixture, gpus, reference::Reference, write_checkpoint};
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral};
+use futures::executor::block_on_stream;
+use torchless::{
+    Completion, Device, GenerateOptions, InferenceState, KvType, ParallelConfig, Parameters, PipelineConfig, PipelineParallelMistral,
+    SamplerOptions, Scheduler, SchedulerConfig, TensorParallelMistral,
+};
 
 const TOLERANCE: f32 = 1e-3;
 
@@ -72,6 +76,121 @@ fn stages_on_different_devices_pass_their_rows_on() {
         let config = ParallelConfig::default().stages(2);
         check("tiny-mistral", vec![gpu.clone(), Device::cpu()], &config);
         check("sliding", vec![Device::cpu(), gpu.clone(), gpu.clone(), gpu.clone()], &config);
+    }
+}
+
+/// Two adapters, the same one twice where there is no other.
+fn two() -> Option<[Device; 2]> {
+    let gpus = gpus();
+    Some([gpus.first()?.clone(), gpus.last()?.clone()])
+}
+
+#[test]
+fn stages_that_work_at_the_same_time_on_different_devices_give_every_fixture() {
+    let (Some([a, b]), cpu) = (two(), Device::cpu()) else { return };
+    let [mixed, three] = [vec![b.clone(), cpu.clone()], vec![cpu.clone(), a.clone(), b.clone()]];
+    let square = vec![a, cpu.clone(), b, cpu];
+    for (name, devices, stages) in [
+        ("gqa-headdim", &mixed, 2),
+        ("sliding", &mixed, 2),
+        ("sharded-f16", &mixed, 2),
+        ("uneven", &three, 3),
+        ("tied", &three, 3),
+        ("tiny-mistral", &square, 2),
+        ("uneven", &square, 2),
+    ] {
+        for (num_micro_batches, async_execution) in [(4, true), (3, false)] {
+            let mut config = ParallelConfig::default().stages(stages);
+            config.pipeline = PipelineConfig { num_micro_batches, async_execution, ..PipelineConfig::default() };
+            let model = PipelineParallelMistral::load_grid(fixture::load(name), config, devices.clone()).unwrap();
+            let worst = fixture::check(name, &model, TOLERANCE).unwrap_or_else(|e| panic!("{devices:?}, async {async_execution}: {e}"));
+            eprintln!("{name} on {stages} stages, async {async_execution}: logits within {worst:.1e}");
+        }
+    }
+    // A list is a stage each.
+    let model = PipelineParallelMistral::load_on_gpus(fixture::load("tied"), mixed).unwrap();
+    assert_eq!(model.ranks().iter().map(|rank| rank.stage).collect::<Vec<_>>(), [0, 1]);
+    fixture::check("tied", &model, TOLERANCE).unwrap();
+}
+
+/// GPUs promise no bits, so that a driver may round otherwise for other numbers of rows. The software adapters don't.
+#[test]
+fn sequences_that_step_together_on_an_adapter_have_the_logits_of_each_alone() {
+    for gpu in gpus() {
+        let name = "gqa-headdim";
+        let model = TensorParallelMistral::load_on_gpus(fixture::load(name), vec![gpu.clone()]).unwrap();
+        let cases = fixture::cases(name);
+        // Of 1 position and of more than a page too.
+        let prompt =
+            |i: usize| cases.get(i).map_or_else(|| (0..[1, 70, 130][i - 5]).map(|t| t * 7 % 384).collect(), |case| case.ids.clone());
+        let steps = 6;
+        let alone: Vec<Vec<Vec<f32>>> = (0..8)
+            .map(|i| {
+                let mut state = InferenceState::new(model.config());
+                model.prefill(&mut state, &prompt(i)).unwrap();
+                let step = |_| {
+                    let token = fixture::argmax(state.logits());
+                    model.forward(&mut state, token, false);
+                    state.logits().to_vec()
+                };
+                (0..steps).map(step).collect()
+            })
+            .collect();
+        let mut worst = 0.0f32;
+        for n in [1, 3, 8] {
+            let mut states: Vec<InferenceState> = (0..n).map(|_| InferenceState::new(model.config())).collect();
+            states.iter_mut().enumerate().for_each(|(i, state)| model.prefill(state, &prompt(i)).unwrap());
+            for step in 0..steps {
+                let tokens: Vec<u32> = states.iter().map(|state| fixture::argmax(state.logits())).collect();
+                model.forward_batch(&mut states.iter_mut().collect::<Vec<_>>(), &tokens).unwrap();
+                for (state, alone) in states.iter().zip(&alone) {
+                    worst = worst.max(fixture::gap(state.logits(), &alone[step]));
+                }
+            }
+            for (state, case) in states.iter().zip(&cases) {
+                let want = &case.greedy[..steps.min(case.greedy.len())];
+                assert_eq!(state.tokens()[case.ids.len()..][..want.len()], *want, "{n} on {gpu}: {}", case.name);
+            }
+        }
+        eprintln!("{gpu}: 1, 3 and 8 sequences within {worst:.1e} of each alone");
+        assert!(worst <= 1e-4, "{gpu}: {worst:e}");
+    }
+}
+
+#[test]
+fn a_scheduler_on_an_adapter_and_the_cpu_shares_and_copies_pages_there() {
+    let Some([_, gpu]) = two() else { return };
+    for (name, devices) in [("tiny-mistral", vec![gpu.clone(), Device::cpu()]), ("gqa-headdim", vec![Device::cpu(), gpu])] {
+        let model = PipelineParallelMistral::load_on_gpus(fixture::load(name), devices).unwrap();
+        let scheduler = Scheduler::new(&model, SchedulerConfig { prompt_rows: 50, ..SchedulerConfig::default() }).unwrap();
+        let submit = |prompt: &[u32], max_tokens| {
+            let sampling = SamplerOptions { temperature: 0.0, ..SamplerOptions::default() };
+            scheduler.submit(prompt, GenerateOptions { max_tokens, sampling, ..GenerateOptions::default() }).unwrap()
+        };
+        let hear = |completion: Completion| block_on_stream(completion).map(|token| token.unwrap().id).collect::<Vec<u32>>();
+        let cases = fixture::cases(name);
+        for round in 0..3 {
+            let reused = scheduler.counts().reused_tokens;
+            let texts: Vec<_> = cases.iter().map(|case| submit(&case.ids, case.greedy.len())).collect();
+            for (text, case) in texts.into_iter().zip(&cases) {
+                assert_eq!(hear(text), case.greedy, "{name}, round {round}: {}", case.name);
+            }
+            assert!(round == 0 || scheduler.counts().reused_tokens > reused, "{name}, round {round}");
+        }
+
+        // Ways that part within a page: each writes a copy of its own, and what they copied stays as it was.
+        let long: Vec<u32> = (0..150).map(|t| t * 7 % 300).collect();
+        let first = hear(submit(&long, 12));
+        let parting: Vec<_> = (0..4).map(|i| hear(submit(&[&long[..100 + i * 12], &[i as u32; 9]].concat(), 12))).collect();
+        let before = scheduler.counts().reused_tokens;
+        assert_eq!(hear(submit(&long, 12)), first, "{name}");
+        assert_eq!(scheduler.counts().reused_tokens - before, 149, "{name}");
+        scheduler.forget_prefixes();
+        for (i, text) in parting.into_iter().enumerate() {
+            assert_eq!(hear(submit(&[&long[..100 + i * 12], &[i as u32; 9]].concat(), 12)), text, "{name}: {i}");
+            scheduler.forget_prefixes();
+        }
+        assert_eq!(model.kv_pages_held(), 0, "{name}");
     }
 }
 

@@ -2,8 +2,15 @@
 
 mod common;
 
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Wake};
+use std::thread;
+use std::time::{Duration, Instant};
+
 use common::{Spec, fixture, write_checkpoint};
-use futures::executor::block_on_stream;
+use futures::executor::{LocalPool, block_on_stream};
+use futures::{Stream, StreamExt};
 use torchless::{
     Completion, Error, FinishReason, GenerateOptions, InferenceState, KvType, ParallelConfig, ParallelMistral, Parameters, PipelineConfig,
     PipelineParallelMistral, SamplerOptions, Scheduler, SchedulerConfig, TensorParallelConfig, TensorParallelMistral, Token, generate,
@@ -244,4 +251,188 @@ fn other_shapes_run_too() {
     for (completion, prompt) in submitted.into_iter().zip(&prompts) {
         assert_eq!(wait(completion), alone(&model, prompt, &options(70, Some(5))));
     }
+}
+
+#[test]
+fn under_a_sliding_window_prompts_longer_than_the_cache_run_whatever_the_rows_of_a_step() {
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &Spec { sliding_window: Some(20), max_positions: 2048, ..Spec::default() });
+    let config = ParallelConfig::pipeline(4).stages(2).kv_positions(6 * 64);
+    let model = PipelineParallelMistral::load(Parameters::load(dir.path()).unwrap(), config).unwrap();
+    let prompts: Vec<Vec<u32>> = (0..4).map(|i| (0..1000 + i * 37).map(|t| t * (i + 3) % 40).collect()).collect();
+    let alone: Vec<_> = prompts.iter().map(|prompt| alone(&model, prompt, &options(30, Some(2)))).collect();
+    for prompt_rows in [50, 256, usize::MAX] {
+        let scheduler = Scheduler::new(&model, SchedulerConfig { prompt_rows, ..SchedulerConfig::default() }).unwrap();
+        let submitted: Vec<_> = prompts.iter().map(|prompt| scheduler.submit(prompt, options(30, Some(2))).unwrap()).collect();
+        for (completion, alone) in submitted.into_iter().zip(&alone) {
+            assert_eq!(wait(completion), *alone, "{prompt_rows} rows");
+        }
+        drop(scheduler);
+        assert_eq!(model.kv_pages_held(), 0);
+    }
+}
+
+#[test]
+fn hundreds_of_requests_run_at_once_on_a_model_that_is_otherwise_gone() {
+    for grid in [[1, 1], [2, 1]] {
+        let model = load("tied", grid);
+        let prompts: Vec<Vec<u32>> = (0..200).map(|i| vec![i, i / 2, 7]).collect();
+        let alone: Vec<_> = prompts.iter().map(|prompt| alone(&model, prompt, &options(4, None))).collect();
+        let config = SchedulerConfig { max_sequences: 200, prompt_rows: 1, ..SchedulerConfig::default() };
+        let scheduler = Scheduler::new(&model, config).unwrap();
+        drop(model);
+        let submitted: Vec<_> = prompts.iter().map(|prompt| scheduler.submit(prompt, options(4, None)).unwrap()).collect();
+        for (completion, alone) in submitted.into_iter().zip(alone) {
+            assert_eq!(wait(completion), alone, "{grid:?}");
+        }
+    }
+}
+
+#[test]
+fn one_page_serves_one_request_after_the_other() {
+    let model = PipelineParallelMistral::load(fixture::load("tied"), ParallelConfig::pipeline(2).stages(2).kv_positions(64)).unwrap();
+    let scheduler = Scheduler::new(&model, SchedulerConfig::default()).unwrap();
+    let prompts: Vec<Vec<u32>> = (0..9).map(|i| (0..1 + i * 63 / 8).collect()).collect();
+    let submitted: Vec<_> = prompts.iter().map(|prompt| scheduler.submit(prompt, options(100, Some(4))).unwrap()).collect();
+    let texts: Vec<_> = submitted.into_iter().map(wait).collect();
+    scheduler.forget_prefixes();
+    assert_eq!(model.kv_pages_held(), 0);
+    for (text, prompt) in texts.into_iter().zip(&prompts) {
+        assert_eq!(text, alone(&model, prompt, &options(100, Some(4))), "{} tokens", prompt.len());
+    }
+}
+
+#[test]
+fn a_stream_may_wander_between_threads_and_executors_and_a_client_may_panic() {
+    let model = load("tiny-mistral", [2, 1]);
+    let scheduler = Scheduler::new(&model, SchedulerConfig::default()).unwrap();
+    let prompt = [5, 6, 7];
+    let want = alone(&model, &prompt, &options(40, Some(9)));
+    let mut completion = scheduler.submit(&prompt, options(40, Some(9))).unwrap();
+    let lost = scheduler.submit(&[1; 50], options(400, Some(1))).unwrap();
+    let panicked = thread::spawn(move || {
+        let heard = block_on_stream(lost).nth(1);
+        panic!("as a client may: {}", heard.is_some());
+    });
+    let mut text = Vec::new();
+    for i in 0..4 {
+        let heard = thread::spawn(move || {
+            let take = completion.by_ref().take(5 + i).map(Result::unwrap).collect::<Vec<_>>();
+            let heard = if i % 2 == 0 { LocalPool::new().run_until(take) } else { futures::executor::block_on(take) };
+            (completion, heard)
+        });
+        let (back, heard) = heard.join().unwrap();
+        completion = back;
+        text.extend(heard);
+    }
+    text.extend(wait(completion));
+    assert_eq!(text, want);
+    panicked.join().unwrap_err();
+    settled(&scheduler);
+    scheduler.forget_prefixes();
+    assert_eq!(model.kv_pages_held(), 0);
+}
+
+/// Waits until nothing runs, for a while.
+fn settled(scheduler: &Scheduler) {
+    let start = Instant::now();
+    while scheduler.counts().running + scheduler.counts().waiting > 0 {
+        assert!(start.elapsed() < Duration::from_secs(60), "{scheduler:?}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Does something when it is woken for the first time, on the thread that wakes.
+struct Waker(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Waker {
+    fn new(act: impl FnOnce() + Send + 'static) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Some(Box::new(act)))))
+    }
+
+    /// Has the stream wake this one.
+    fn poll(self: &Arc<Self>, completion: &mut Completion) {
+        let waker = self.clone().into();
+        assert!(Pin::new(completion).poll_next(&mut Context::from_waker(&waker)).is_pending());
+    }
+}
+
+impl Wake for Waker {
+    fn wake(self: Arc<Self>) {
+        let act = self.0.lock().unwrap().take();
+        if let Some(act) = act {
+            act();
+        }
+    }
+}
+
+/// The next of `heard`, which must come.
+fn must_come<T>(heard: &mpsc::Receiver<T>) -> T {
+    heard.recv_timeout(Duration::from_secs(60)).expect("the scheduler stands still")
+}
+
+#[test]
+fn a_waker_may_ask_the_scheduler_and_drop_all_that_it_has() {
+    let model = load("tiny-mistral", [2, 1]);
+    let scheduler = Arc::new(Scheduler::new(&model, SchedulerConfig::default()).unwrap());
+    let (tell, heard) = mpsc::channel();
+
+    // For a token, and for the end of a request that is cancelled.
+    let long: Vec<u32> = (0..300).collect();
+    for is_cancelled in [false, true] {
+        let mut completion = scheduler.submit(&long, options(9, None)).unwrap();
+        let (asked, tell) = (scheduler.clone(), tell.clone());
+        Waker::new(move || tell.send(asked.counts()).unwrap()).poll(&mut completion);
+        if is_cancelled {
+            thread::spawn(|| drop(completion));
+        }
+        must_come(&heard);
+    }
+
+    // As an executor does that has been shut down; the scheduler goes last, on a thread of its own.
+    let mut completion = scheduler.submit(&long, options(9, None)).unwrap();
+    let held = Arc::new(Mutex::new(None));
+    let (taken, started) = (held.clone(), Instant::now());
+    let waker = Waker::new(move || {
+        drop(taken.lock().unwrap().take());
+        tell.send(Default::default()).unwrap();
+    });
+    let mut all = held.lock().unwrap();
+    waker.poll(&mut completion);
+    *all = Some((completion, scheduler));
+    drop(all);
+    must_come(&heard);
+    while model.kv_pages_held() > 0 {
+        assert!(started.elapsed() < Duration::from_secs(60), "{} pages are held", model.kv_pages_held());
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_waker_that_panics_ends_every_request_and_nobody_waits_for_ever() {
+    let model = load("tied", [2, 1]);
+    let scheduler = Scheduler::new(&model, SchedulerConfig { max_sequences: 3, ..SchedulerConfig::default() }).unwrap();
+    let mut completion = scheduler.submit(&[1; 200], options(9, None)).unwrap();
+    Waker::new(|| panic!("as a waker never should")).poll(&mut completion);
+    let (tell, heard) = mpsc::channel();
+    for i in 0..6 {
+        let (completion, tell) = (scheduler.submit(&[i], options(500, Some(1))), tell.clone());
+        thread::spawn(move || tell.send(completion.map(|completion| block_on_stream(completion).last())));
+    }
+    let told = |outcome| matches!(outcome, Ok(Some(Err(Error::Request(why)))) | Err(Error::Request(why)) if why.contains("panicked"));
+    let told = (0..6).filter(|_| told(must_come(&heard))).count();
+    // Those that ran ended with the step.
+    assert!(told >= 3, "{told} requests were told why");
+    assert!(matches!(scheduler.submit(&[1], options(1, None)), Err(Error::Request(why)) if why.contains("panicked")));
+}
+
+#[test]
+fn a_stream_that_outlives_its_scheduler_holds_no_pages() {
+    let model = load("tied", [1, 1]);
+    let scheduler = Scheduler::new(&model, SchedulerConfig::default()).unwrap();
+    wait(scheduler.submit(&[3; 100], options(9, None)).unwrap());
+    let completion = scheduler.submit(&[4; 100], options(400, None)).unwrap();
+    drop(scheduler);
+    assert_eq!(model.kv_pages_held(), 0);
+    drop(completion);
 }

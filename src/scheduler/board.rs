@@ -63,9 +63,12 @@ pub(super) struct Board {
     pub passed: VecDeque<Request>,
     /// Requests in steps.
     pub in_steps: usize,
+    /// Requests that cannot run, and why: they hear of it when the board is free.
+    pub failed: Vec<(Request, Error)>,
     /// The one used last is at the back.
     pub kept: VecDeque<Kept>,
-    pub is_closed: bool,
+    /// Why nothing runs any more.
+    pub closed: Option<&'static str>,
     arrivals: u64,
     done: SchedulerCounts,
 }
@@ -93,11 +96,12 @@ impl Board {
         self.done.computed_tokens += tokens as u64;
     }
 
-    /// Drops a request that is in no step, and with it its pages.
-    pub(super) fn cancel(&mut self, id: u64) {
-        for queue in [&mut self.waiting, &mut self.ready, &mut self.passed] {
-            queue.retain(|request| request.id != id);
-        }
+    /// Takes out a request, unless it is in a step.
+    pub(super) fn cancel(&mut self, id: u64) -> Option<Request> {
+        [&mut self.waiting, &mut self.ready, &mut self.passed].into_iter().find_map(|queue| {
+            let at = queue.iter().position(|request| request.id == id)?;
+            queue.remove(at)
+        })
     }
 
     /// Takes out every request that is in no step.

@@ -17,9 +17,24 @@ struct Turn {
 }
 
 pub(super) fn run(hub: &Hub) {
+    let _end = End(hub);
     while let Some(mut turns) = hub.next_step() {
         let outcome = hub.compute(&mut turns);
         hub.hand_out(turns, outcome);
+    }
+}
+
+/// A lane that ends, even by a panic, leaves nobody waiting for ever.
+struct End<'a>(&'a Hub);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut board = self.0.board();
+        let why = *board.closed.get_or_insert("a thread of the scheduler panicked");
+        let left = board.drain();
+        drop(board);
+        self.0.changed.notify_all();
+        left.into_iter().for_each(|request| request.fail(Error::Request(why.into())));
     }
 }
 
@@ -28,21 +43,31 @@ impl Hub {
     fn next_step(&self) -> Option<Vec<Turn>> {
         let mut board = self.board();
         loop {
-            if board.is_closed {
+            if board.closed.is_some() {
                 return None;
             }
             self.admit(&mut board);
             let turns = self.take_turns(&mut board);
-            if !turns.is_empty() {
-                board.in_steps += turns.len();
-                return Some(turns);
-            }
-            // The one that could not run has failed, and there are others.
-            if board.running() == 0 && !board.waiting.is_empty() {
+            board.in_steps += turns.len();
+            let failed = std::mem::take(&mut board.failed);
+            if turns.is_empty() && failed.is_empty() {
+                board = self.changed.wait(board).unwrap_or_else(std::sync::PoisonError::into_inner);
                 continue;
             }
-            board = self.changed.wait(board).unwrap_or_else(std::sync::PoisonError::into_inner);
+            drop(board);
+            failed.into_iter().for_each(|(request, error)| request.fail(error));
+            if !turns.is_empty() {
+                return Some(turns);
+            }
+            // The one that could not run is gone, and there may be others.
+            board = self.board();
         }
+    }
+
+    /// Rows of prompts in a step.
+    fn prompt_rows(&self) -> usize {
+        // More at once could ask for more pages than the cache of a sliding window has.
+        self.config.prompt_rows.min(self.grid.room.rows)
     }
 
     /// Lets requests in, in the order of their arrival, as long as their prompts fit the cache.
@@ -50,19 +75,16 @@ impl Hub {
         while board.running() < self.config.max_sequences
             && let Some(mut request) = board.waiting.pop_front()
         {
-            if request.is_cancelled() {
-                continue;
-            }
             let reused = board.reuse(&mut request, self.grid.params().fingerprint());
             let window = self.grid.params().config().sliding_window.unwrap_or(usize::MAX);
             // Of a prompt longer than the window, pages are freed before others are needed.
-            let ahead = request.todo.len().min(window.saturating_add(self.config.prompt_rows));
+            let ahead = request.todo.len().min(window.saturating_add(self.prompt_rows()));
             match self.reserve(board, &mut request, ahead, false) {
                 Ok(()) => {
                     board.count_reused(reused);
                     board.ready.push_back(request);
                 }
-                Err(full) if board.running() == 0 => request.fail(full),
+                Err(full) if board.running() == 0 => board.failed.push((request, full)),
                 Err(_) => return board.wait(request),
             }
         }
@@ -83,7 +105,7 @@ impl Hub {
     /// This lane's share of the requests that are ready, in the order of their turns: a token each, or a part of their prompt.
     fn take_turns(&self, board: &mut Board) -> Vec<Turn> {
         let share = board.running().div_ceil(self.lanes).min(self.grid.room.wanted);
-        let mut prompt_rows = self.config.prompt_rows;
+        let mut prompt_rows = self.prompt_rows();
         let mut turns = Vec::new();
         while turns.len() < share
             && let Some(mut request) = board.ready.pop_front()
@@ -99,7 +121,7 @@ impl Hub {
                     turns.push(Turn { request, tokens });
                 }
                 // It is the only one, so that nothing will be freed: others use the model's cache beside the scheduler.
-                Err(full) if board.running() == 0 && turns.is_empty() => request.fail(full),
+                Err(full) if board.running() == 0 && turns.is_empty() => board.failed.push((request, full)),
                 Err(_) => board.passed.push_back(request),
             }
         }
@@ -127,13 +149,24 @@ impl Hub {
             Ok(()) => turns.iter_mut().map(|turn| self.choose(turn)).collect(),
             Err(e) => turns.iter().map(|_| Some(Err(Error::Request(e.to_string())))).collect(),
         };
-        // Whoever hears of a token finds the board as it is after it.
+        let (mut told, mut going_on) = (Vec::new(), Vec::new());
+        // What has ended leaves first: whoever hears of a token finds the board as it is after it.
         let mut board = self.board();
-        board.in_steps -= turns.len();
         board.count_step(turns.iter().map(|turn| turn.tokens).sum());
         for (Turn { request, .. }, token) in turns.into_iter().zip(chosen) {
-            self.put_back(&mut board, request, token);
+            let tokens = request.tokens.clone();
+            going_on.extend(self.settle(&mut board, request, token.as_ref()));
+            told.extend(token.map(|token| (tokens, token)));
         }
+        drop(board);
+        // A client's waker may do anything, so no lock is held. Nobody need be there to hear it.
+        told.into_iter().for_each(|(tokens, token)| drop(tokens.unbounded_send(token)));
+        // Not before, or a next token might overtake.
+        let stepped = going_on.len();
+        going_on.retain(|request| !request.is_cancelled());
+        let mut board = self.board();
+        board.in_steps -= stepped;
+        board.ready.extend(going_on);
         drop(board);
         self.changed.notify_all();
     }
@@ -145,33 +178,25 @@ impl Hub {
         (request.todo.is_empty() && !request.is_cancelled()).then(|| request.course.next(&request.state, self.limit))
     }
 
-    fn put_back(&self, board: &mut Board, mut request: Request, token: Option<Result<Token>>) {
-        if request.is_cancelled() {
-            return;
-        }
-        let Some(token) = token else { return board.ready.push_back(request) };
-        let (id, is_last) = token.as_ref().map_or((0, true), |token| (token.id, token.finish.is_some()));
-        let failed = token.is_err();
+    /// Keeps what others may reuse of a request that has been in a step, and answers with it unless `token` is its last.
+    fn settle(&self, board: &mut Board, mut request: Request, token: Option<&Result<Token>>) -> Option<Request> {
+        let Some(token) = token else { return Some(request) };
         let was_prompt = std::mem::replace(&mut request.is_prompt, false);
-        let prefix = match is_last {
-            _ if failed || !self.config.reuse_prefixes => None,
-            true => request.state.give_up(),
-            false if was_prompt => self.whole_pages(&request),
-            false => None,
+        let ended = token.as_ref().map_or(true, |token| token.finish.is_some());
+        let prefix = match token {
+            Ok(_) if self.config.reuse_prefixes && ended => request.state.give_up(),
+            Ok(_) if self.config.reuse_prefixes && was_prompt => self.whole_pages(&request),
+            _ => None,
         };
         if let Some((tokens, lease)) = prefix {
             board.keep(tokens, lease);
         }
-        let tokens = request.tokens.clone();
-        if is_last {
-            // Its pages are free before its last token is heard.
-            drop(request);
-        } else {
-            request.todo.push(id);
-            board.ready.push_back(request);
+        if ended {
+            board.in_steps -= 1;
+            return None;
         }
-        // Nobody need be there to hear it: then the next step drops it.
-        let _ = tokens.unbounded_send(token);
+        request.todo.extend(token.as_ref().map(|token| token.id));
+        Some(request)
     }
 
     /// The whole pages of a running request, to be shared with others: a page that is still written would have to be copied.

@@ -153,7 +153,8 @@ impl Scheduler {
     /// cache. Whether `options` ask for the fast forms makes no difference yet.
     ///
     /// # Errors
-    /// An empty prompt, one that cannot be encoded or is longer than the cache, options that make no sense.
+    /// An empty prompt, one that cannot be encoded or is longer than the cache, options that make no sense; a scheduler whose threads
+    /// have panicked, as a waker of a [`Completion`] makes them that panics itself.
     pub fn submit<'p>(&self, prompt: impl Into<Prompt<'p>>, options: GenerateOptions) -> Result<Completion> {
         let hub = &self.hub;
         let state = InferenceState::with_kv(hub.grid.params().config(), hub.config.kv);
@@ -165,6 +166,9 @@ impl Scheduler {
         let (sender, tokens) = unbounded();
         let prompt_tokens = prompt.len();
         let mut board = hub.board();
+        if let Some(why) = board.closed {
+            return Err(Error::Request(why.into()));
+        }
         let id = board.next_id();
         if course.left() > 0 {
             board.waiting.push_back(Request { id, state, todo: prompt, is_prompt: true, course, tokens: sender });
@@ -189,15 +193,14 @@ impl Scheduler {
 impl Drop for Scheduler {
     /// Ends the requests that still wait or run with an error.
     fn drop(&mut self) {
-        self.hub.board().is_closed = true;
+        self.hub.board().closed = Some("the scheduler was dropped");
         self.hub.changed.notify_all();
-        for lane in self.lanes.drain(..) {
-            // A lane that panicked has taken its requests with it: their streams have ended.
+        // A waker may drop it on a lane, which ends by itself.
+        for lane in self.lanes.drain(..).filter(|lane| lane.thread().id() != std::thread::current().id()) {
+            // One that panicked has said so to all who waited.
             let _ = lane.join();
         }
-        for request in self.hub.board().drain() {
-            request.fail(Error::Request("the scheduler was dropped".into()));
-        }
+        self.forget_prefixes();
     }
 }
 
@@ -241,7 +244,9 @@ impl Drop for Completion {
     fn drop(&mut self) {
         // A lane that has the request sees it when the step is done.
         self.tokens.close();
-        self.hub.board().cancel(self.id);
+        let cancelled = self.hub.board().cancel(self.id);
+        // Wakes whoever polled last, so not under the lock.
+        drop(cancelled);
         self.hub.changed.notify_all();
     }
 }
