@@ -11,7 +11,7 @@ use common::say_skipped;
 const REQUESTS: usize = 500;
 
 /// Resident memory may grow by so much behind the first fifth of the requests, which have touched every page of the cache: 10 KiB for
-/// each of the others. A lost page is 192 KiB, a lost state about 10; what the allocator and the mapped checkpoint add was up to 1.2 MB.
+/// each of the others. A lost page is 192 KiB, a lost state about 10; what the allocator and the mapped checkpoint add was up to 1.5 MB.
 const GROWTH: u64 = 4 << 20;
 
 /// One after the other, since resident memory is the whole process's.
