@@ -36,7 +36,7 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512bw") {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
                 found.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
@@ -101,32 +101,32 @@ fn dispatch<'w, W: Element + 'w>(
             Isa::Avx512 => avx512(row, rows, xs, put),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(row, rows, xs, put),
-            Isa::Portable => cover::<[f32; 16], W, 2, 2, 2, 2, 2>(row, rows, xs, put),
+            Isa::Portable => cover::<[f32; 16], W, 2, 2, 2, 2>(row, rows, xs, put),
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 // Without VL, halves of a vector live only in the first 16 registers, and the accumulators spill.
-#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+#[target_feature(enable = "avx512f,avx512vl")]
 unsafe fn avx512<'w, W: Element + 'w>(
     row: impl Fn(usize) -> &'w [W],
     rows: Range<usize>,
     xs: &[&[f32]],
     put: impl FnMut(usize, usize, f32),
 ) {
-    unsafe { cover::<std::arch::x86_64::__m512, W, 8, 6, 4, 3, 8>(row, rows, xs, put) }
+    unsafe { cover::<std::arch::x86_64::__m512, W, 6, 4, 3, 8>(row, rows, xs, put) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn avx2<'w, W: Element + 'w>(row: impl Fn(usize) -> &'w [W], rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
-    unsafe { cover::<[std::arch::x86_64::__m256; 2], W, 4, 3, 2, 3, 2>(row, rows, xs, put) }
+    unsafe { cover::<[std::arch::x86_64::__m256; 2], W, 3, 2, 3, 2>(row, rows, xs, put) }
 }
 
-/// Covers rows x xs with tiles of R1 x 1, R2 x C2 and R3 x C3, by how many activation rows are left.
+/// Covers rows x xs with tiles of R1 x 1, R1 x C1 and R2 x C2, by how many activation rows are left.
 #[inline(always)]
-unsafe fn cover<'w, L: Lanes, W: Element + 'w, const R1: usize, const R2: usize, const C2: usize, const R3: usize, const C3: usize>(
+unsafe fn cover<'w, L: Lanes, W: Element + 'w, const R1: usize, const C1: usize, const R2: usize, const C2: usize>(
     row: impl Fn(usize) -> &'w [W],
     rows: Range<usize>,
     xs: &[&[f32]],
@@ -140,16 +140,16 @@ unsafe fn cover<'w, L: Lanes, W: Element + 'w, const R1: usize, const R2: usize,
         let mut c = 0;
         while c < xs.len() {
             let left = xs.len() - c;
-            let width = if left == 1 { 1 } else { if left <= C2 { C2 } else { C3 } };
+            let width = [1, C1, C2].into_iter().find(|&w| left <= w).unwrap_or(C2);
             let x = &xs[c..(c + width).min(xs.len())];
             let put = |r, i, dot| put(first + r, c + i, dot);
             unsafe {
                 if width == 1 {
                     tiles::<L, W, R1, 1>(&w, count, x, &mut panel, put);
-                } else if width == C2 {
-                    tiles::<L, W, R2, C2>(&w, count, x, &mut panel, put);
+                } else if width == C1 {
+                    tiles::<L, W, R1, C1>(&w, count, x, &mut panel, put);
                 } else {
-                    tiles::<L, W, R3, C3>(&w, count, x, &mut panel, put);
+                    tiles::<L, W, R2, C2>(&w, count, x, &mut panel, put);
                 }
             }
             c += width;
@@ -262,8 +262,8 @@ unsafe fn fma_all<L: Lanes, const R: usize, const C: usize>(sum: &mut [[L; C]; R
     unsafe {
         for j in 0..C {
             let xj = L::load_f32(x.add(j * LANES));
-            for i in 0..R {
-                sum[i][j] = sum[i][j].fma(w[i], xj);
+            for (sum, w) in sum.iter_mut().zip(w) {
+                sum[j] = sum[j].fma(*w, xj);
             }
         }
     }
@@ -277,7 +277,13 @@ fn padded<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
+    use half::{bf16, f16};
+    use memmap2::MmapMut;
+
     use super::*;
+    use crate::kernels::matrix::DType;
 
     fn values(n: usize, seed: u32) -> Vec<f32> {
         let mut s = seed.wrapping_mul(2_654_435_761) | 1;
@@ -291,46 +297,81 @@ mod tests {
             .collect()
     }
 
-    /// The definition, in f64.
-    fn dot(w: &[f32], x: &[f32]) -> f64 {
-        w.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum()
+    /// The same values as every dtype stores them, and those values.
+    fn matrices(rows: usize, cols: usize, seed: u32) -> [(Matrix, Vec<f32>); 3] {
+        let values: Vec<f32> = values(rows * cols, seed);
+        let f16s: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+        let bf16s: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+        let mapped = |dtype, bytes: &[u8]| {
+            let mut map = MmapMut::map_anon(bytes.len()).unwrap();
+            map.copy_from_slice(bytes);
+            Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
+        };
+        let f16_matrix = mapped(DType::F16, bytemuck::cast_slice(&f16s));
+        let bf16_matrix = mapped(DType::Bf16, bytemuck::cast_slice(&bf16s));
+        [
+            (Matrix::from_f32(rows, cols, values.clone()), values),
+            (f16_matrix, f16s.iter().map(|v| v.to_f32()).collect()),
+            (bf16_matrix, bf16s.iter().map(|v| v.to_f32()).collect()),
+        ]
+    }
+
+    /// The order that the module's head promises, one element at a time.
+    fn in_order(isa: Isa, w: &[f32], x: &[f32]) -> f32 {
+        let fused = isa != Isa::Portable;
+        let mut total = 0.0f32;
+        for (w, x) in w.chunks(BLOCK).zip(x.chunks(BLOCK)) {
+            let mut lanes = [0.0f32; LANES];
+            for (k, (w, x)) in w.iter().zip(x).enumerate() {
+                let sum = &mut lanes[k % LANES];
+                *sum = if fused { w.mul_add(*x, *sum) } else { *sum + w * x };
+            }
+            for half in [8, 4, 2, 1] {
+                for l in 0..half {
+                    lanes[l] += lanes[l + half];
+                }
+            }
+            total += lanes[0];
+        }
+        total
     }
 
     #[test]
-    fn every_instruction_set_computes_the_dot_product_on_odd_sizes() {
+    fn every_output_has_the_bits_of_the_documented_order_whatever_the_tile() {
         for isa in Isa::available() {
-            for (rows, cols, n) in [(1, 1, 1), (3, 15, 2), (5, 17, 5), (9, 511, 3), (4, 513, 9), (7, 1200, 4)] {
-                let w = values(rows * cols, 1);
-                let m = Matrix::from_f32(rows, cols, w.clone());
+            // All widths of tiles and their remainders; rows that fill a group, and that end in the midst of a tile.
+            for (rows, cols, n) in
+                (1..=9).map(|n| (7, 530, n)).chain([(1, 1, 1), (5, 15, 3), (48, 512, 17), (53, 1031, 12), (97, 40, 1), (50, 1536, 8)])
+            {
                 let x: Vec<Vec<f32>> = (0..n).map(|i| values(cols, 7 + i as u32)).collect();
                 let xs: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
-                let mut seen = 0;
-                linear(isa, &m, 0..rows, &xs, |r, i, got| {
-                    let want = dot(&w[r * cols..][..cols], &x[i]);
-                    assert!((f64::from(got) - want).abs() < 1e-5 * (cols as f64).sqrt(), "{isa:?} {rows}x{cols}: {got} is not {want}");
-                    seen += 1;
-                });
-                assert_eq!(seen, rows * n, "{isa:?}: every output once");
+                for (m, w) in matrices(rows, cols, 1) {
+                    for range in [0..rows, rows / 3..rows] {
+                        let mut seen = vec![0; rows * n];
+                        linear(isa, &m, range.clone(), &xs, |r, i, got| {
+                            let want = in_order(isa, &w[r * cols..][..cols], xs[i]);
+                            assert_eq!(got.to_bits(), want.to_bits(), "{isa:?} {m:?}, row {r}, input {i} of {n}: {got} is not {want}");
+                            seen[r * n + i] += 1;
+                        });
+                        let wanted = (0..rows * n).map(|at| i32::from(range.contains(&(at / n))));
+                        assert!(seen.into_iter().eq(wanted), "{isa:?} {m:?}, rows {range:?}, {n} inputs: every output once");
+                    }
+                }
             }
         }
     }
 
     #[test]
-    fn a_tile_has_the_bits_of_its_rows_computed_alone() {
+    fn rows_apart_in_storage_are_taken_where_they_lie() {
         for isa in Isa::available() {
-            let (rows, cols, n) = (11, 1234, 7);
-            let m = Matrix::from_f32(rows, cols, values(rows * cols, 3));
-            let x: Vec<Vec<f32>> = (0..n).map(|i| values(cols, 70 + i as u32)).collect();
-            let xs: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
-            let mut together = vec![0.0; rows * n];
-            linear(isa, &m, 0..rows, &xs, |r, i, v| together[r * n + i] = v);
-            for r in 0..rows {
-                for i in 0..n {
-                    linear(isa, &m, r..r + 1, &xs[i..=i], |_, _, v| {
-                        assert_eq!(v.to_bits(), together[r * n + i].to_bits(), "{isa:?} row {r}, input {i}");
-                    });
-                }
-            }
+            let m = Matrix::from_f32(60, 600, values(60 * 600, 3));
+            let slice = m.slice(2..58, 70..583);
+            let x = values(513, 4);
+            let mut row = [0.0; 513];
+            linear(isa, &slice, 0..56, &[&x, &x], |r, i, got| {
+                slice.row_to_f32(r, &mut row);
+                assert_eq!(got.to_bits(), in_order(isa, &row, &x).to_bits(), "{isa:?} row {r}, input {i}");
+            });
         }
     }
 }
