@@ -9,7 +9,13 @@ pub(crate) trait Lanes: Copy {
     /// The CPU has the instructions of the implementation, here and below.
     unsafe fn zero() -> Self;
     /// # Safety
-    /// `p` points to 16 readable elements; alignment is not needed, here and below.
+    /// As [`Lanes::zero`].
+    unsafe fn splat(v: f32) -> Self;
+    /// # Safety
+    /// `p` points to 16 writable elements; alignment is not needed, here and below.
+    unsafe fn store(self, p: *mut f32);
+    /// # Safety
+    /// `p` points to 16 readable elements.
     unsafe fn load_f32(p: *const f32) -> Self;
     /// # Safety
     /// As [`Lanes::load_f32`].
@@ -80,6 +86,14 @@ impl Lanes for [f32; 16] {
         [0.0; 16]
     }
     #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        [v; 16]
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe { p.cast::<Self>().write_unaligned(self) }
+    }
+    #[inline(always)]
     unsafe fn load_f32(p: *const f32) -> Self {
         unsafe { p.cast::<Self>().read_unaligned() }
     }
@@ -122,6 +136,14 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn zero() -> Self {
             unsafe { _mm512_setzero_ps() }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> Self {
+            unsafe { _mm512_set1_ps(v) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            unsafe { _mm512_storeu_ps(p, self) }
         }
         #[inline(always)]
         unsafe fn load_f32(p: *const f32) -> Self {
@@ -171,6 +193,17 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn zero() -> Self {
             unsafe { [_mm256_setzero_ps(); 2] }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> Self {
+            unsafe { [_mm256_set1_ps(v); 2] }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(p, self[0]);
+                _mm256_storeu_ps(p.add(8), self[1]);
+            }
         }
         #[inline(always)]
         unsafe fn load_f32(p: *const f32) -> Self {

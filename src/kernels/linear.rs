@@ -13,7 +13,7 @@ use std::sync::OnceLock;
 use crate::kernels::lanes::{Element, Lanes};
 use crate::kernels::matrix::{Matrix, Row};
 
-const LANES: usize = 16;
+pub(super) const LANES: usize = 16;
 const BLOCK: usize = 512;
 /// Weight rows that share a block of activations: a multiple of every tile's, few enough for a block of them and the next to lie in L2.
 const GROUP: usize = 48;
@@ -47,7 +47,7 @@ impl Isa {
         found
     }
 
-    fn best() -> Self {
+    pub(super) fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Self::available()[0])
     }
@@ -269,7 +269,7 @@ unsafe fn fma_all<L: Lanes, const R: usize, const C: usize>(sum: &mut [[L; C]; R
     }
 }
 
-fn padded<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
+pub(super) fn padded<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
     let mut out = [T::default(); LANES];
     out[..tail.len()].copy_from_slice(tail);
     out

@@ -8,8 +8,15 @@ use crate::error::Result;
 
 /// A private pool: a model's own threads, so that it cannot deadlock with its caller's Rayon work.
 pub(crate) struct Pool {
+    /// `None` for the caller's own thread.
     #[cfg(feature = "parallel")]
-    threads: rayon::ThreadPool,
+    threads: Option<rayon::ThreadPool>,
+}
+
+#[cfg(feature = "parallel")]
+thread_local! {
+    /// This thread is inside a pool of none but itself.
+    static ALONE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
 }
 
 impl Pool {
@@ -17,9 +24,12 @@ impl Pool {
     pub(crate) fn new(threads: Option<usize>) -> Result<Self> {
         #[cfg(feature = "parallel")]
         {
+            if threads == Some(1) {
+                return Ok(Self { threads: None });
+            }
             let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0)).thread_name(|i| format!("torchless-{i}"));
             let threads = builder.build().map_err(|e| Error::DriverGone(format!("its worker threads cannot start: {e}")))?;
-            Ok(Self { threads })
+            Ok(Self { threads: Some(threads) })
         }
         #[cfg(not(feature = "parallel"))]
         {
@@ -31,7 +41,15 @@ impl Pool {
     /// Runs `f` inside the pool, where [`for_each`] spreads over its threads.
     pub(crate) fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         #[cfg(feature = "parallel")]
-        return self.threads.install(f);
+        match &self.threads {
+            Some(threads) => threads.install(f),
+            None => {
+                let before = ALONE.replace(true);
+                let result = f();
+                ALONE.set(before);
+                result
+            }
+        }
         #[cfg(not(feature = "parallel"))]
         f()
     }
@@ -40,7 +58,7 @@ impl Pool {
 /// Threads of the pool that this is called in.
 pub(crate) fn threads() -> usize {
     #[cfg(feature = "parallel")]
-    return rayon::current_num_threads();
+    return if ALONE.get() { 1 } else { rayon::current_num_threads() };
     #[cfg(not(feature = "parallel"))]
     1
 }
@@ -60,6 +78,7 @@ pub(crate) fn for_each(n: usize, task: impl Fn(usize, bool) + Sync) {
     }
     match n {
         0 => {}
+        _ if ALONE.get() => (0..n).for_each(|i| task(i, false)),
         1 => task(0, false),
         // The scope enters a pool: a join from outside of one would call its own half migrated.
         _ => rayon::scope(|_| halve(0..n, false, &task)),
