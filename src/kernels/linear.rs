@@ -236,8 +236,8 @@ unsafe fn tile<L: Lanes, W: Element, const R: usize, const C: usize>(w: [&[W]; R
         // Loops and no closures: intrinsics would not be inlined through those.
         for s in 0..n / LANES {
             if (s * LANES * size_of::<W>()).is_multiple_of(64) {
-                for i in 0..R {
-                    L::prefetch(w[i].as_ptr().add(s * LANES).wrapping_byte_add(ahead));
+                for w in w {
+                    L::prefetch(w.as_ptr().add(s * LANES).wrapping_byte_add(ahead));
                 }
             }
             step(&mut sum, w.map(|w| w.as_ptr().add(s * LANES)), x.add(s * C * LANES));
