@@ -103,7 +103,8 @@ impl Lanes for [f32; 16] {
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> Self {
-        unsafe { p.cast::<[bf16; 16]>().read_unaligned() }.map(bf16::to_f32)
+        // A shift alone, which vectorises; `bf16::to_f32` looks for NaNs.
+        unsafe { p.cast::<[bf16; 16]>().read_unaligned() }.map(|v| f32::from_bits(u32::from(v.to_bits()) << 16))
     }
     #[inline(always)]
     unsafe fn fma(mut self, a: Self, b: Self) -> Self {
@@ -211,15 +212,14 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn load_f16(p: *const f16) -> Self {
-            unsafe { [0, 8].map(|i| _mm256_cvtph_ps(_mm_loadu_si128(p.add(i).cast()))) }
+            unsafe { [_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast()))] }
         }
         #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> Self {
             unsafe {
-                [0, 8].map(|i| {
-                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(i).cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                })
+                let low = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())));
+                let high = _mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.add(8).cast())));
+                [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
             }
         }
         #[inline(always)]

@@ -101,7 +101,8 @@ fn dispatch<'w, W: Element + 'w>(
             Isa::Avx512 => avx512(row, rows, xs, put),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(row, rows, xs, put),
-            Isa::Portable => cover::<[f32; 16], W, 2, 2, 2, 2>(row, rows, xs, put),
+            // Without registers of 16 lanes a larger tile only spills.
+            Isa::Portable => cover::<[f32; 16], W, 1, 1, 1, 1>(row, rows, xs, put),
         }
     }
 }
@@ -170,8 +171,9 @@ impl Panel {
             for (s, values) in whole.iter().enumerate() {
                 self.0[s * C + j] = *values;
             }
+            let rest = padded(tail);
             for s in whole.len()..block.len().div_ceil(LANES) {
-                self.0[s * C + j] = padded(tail);
+                self.0[s * C + j] = rest;
             }
         }
     }
@@ -233,37 +235,48 @@ unsafe fn tile<L: Lanes, W: Element, const R: usize, const C: usize>(w: [&[W]; R
         let mut sum = [[L::zero(); C]; R];
         // Loops and no closures: intrinsics would not be inlined through those.
         for s in 0..n / LANES {
-            let mut wk = [L::zero(); R];
-            for i in 0..R {
-                let p = w[i].as_ptr().add(s * LANES);
-                if (s * LANES * size_of::<W>()).is_multiple_of(64) {
-                    L::prefetch(p.wrapping_byte_add(ahead));
+            if (s * LANES * size_of::<W>()).is_multiple_of(64) {
+                for w in w {
+                    L::prefetch(w.as_ptr().add(s * LANES).wrapping_byte_add(ahead));
                 }
-                wk[i] = W::load(p);
             }
-            fma_all(&mut sum, &wk, x.add(s * C * LANES));
+            step(&mut sum, w.map(|w| w.as_ptr().add(s * LANES)), x.add(s * C * LANES));
         }
         if !n.is_multiple_of(LANES) {
             // Zeros beyond the end add nothing.
             let whole = n - n % LANES;
-            let mut wk = [L::zero(); R];
-            for i in 0..R {
-                wk[i] = W::load(padded(&w[i][whole..]).as_ptr());
-            }
-            fma_all(&mut sum, &wk, x.add(whole * C));
+            let tails = w.map(|w| padded(&w[whole..]));
+            step(&mut sum, tails.each_ref().map(|tail| tail.as_ptr()), x.add(whole * C));
         }
         L::add_sums(sum.as_flattened(), totals.as_flattened_mut());
     }
 }
 
-/// `sum[i][j] += w[i] * x[j]`, lane by lane.
+/// `sum[i][j] += w[i] * x[j]` for the 16 lanes at these places. The fewer operands are held in registers, the more are taken in turn.
 #[inline(always)]
-unsafe fn fma_all<L: Lanes, const R: usize, const C: usize>(sum: &mut [[L; C]; R], w: &[L; R], x: *const f32) {
+unsafe fn step<L: Lanes, W: Element, const R: usize, const C: usize>(sum: &mut [[L; C]; R], w: [*const W; R], x: *const f32) {
     unsafe {
-        for j in 0..C {
-            let xj = L::load_f32(x.add(j * LANES));
-            for (sum, w) in sum.iter_mut().zip(w) {
-                sum[j] = sum[j].fma(*w, xj);
+        if R < C {
+            let mut held = [L::zero(); R];
+            for i in 0..R {
+                held[i] = W::load(w[i]);
+            }
+            for j in 0..C {
+                let x = L::load_f32(x.add(j * LANES));
+                for (sum, w) in sum.iter_mut().zip(held) {
+                    sum[j] = sum[j].fma(w, x);
+                }
+            }
+        } else {
+            let mut held = [L::zero(); C];
+            for (j, held) in held.iter_mut().enumerate() {
+                *held = L::load_f32(x.add(j * LANES));
+            }
+            for i in 0..R {
+                let w: L = W::load(w[i]);
+                for j in 0..C {
+                    sum[i][j] = sum[i][j].fma(w, held[j]);
+                }
             }
         }
     }
