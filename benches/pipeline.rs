@@ -163,7 +163,7 @@ fn main() {
     if !real {
         return measure("small", &shape(2, 256, Dtype::F32), rounds, 2);
     }
-    measure("within the cache, bf16", &shape(8, 384, Dtype::BF16), rounds, 64);
+    measure("within the cache, bf16", &shape(8, 256, Dtype::BF16), rounds, 64);
     measure("beyond the cache, bf16", &shape(8, 1024, Dtype::BF16), rounds, 16);
     measure("beyond the cache, f32", &shape(8, 1024, Dtype::F32), rounds, 16);
 }
