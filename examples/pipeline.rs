@@ -60,7 +60,8 @@ fn run(args: &Args) -> Result<(), Box<dyn std::error::Error>> {
     unsafe { std::env::set_var("NODEVICE_SELECT", "1") };
 
     let mut chosen = Device::parse_list(args.devices.as_deref().unwrap_or("auto"))?;
-    if args.devices.is_none() && chosen.len() == 1 {
+    // One stage has nothing to overlap with.
+    if chosen.len() == 1 {
         chosen = vec![chosen[0].clone(); 2];
     }
     let params = Parameters::load(&args.model)?;

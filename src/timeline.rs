@@ -37,6 +37,8 @@ const LEAST: f64 = 1e-9;
 pub struct Timeline {
     /// By stage and rank.
     rows: Vec<Row>,
+    /// Spans that the recorder had no room for.
+    dropped: u64,
     from: f64,
     to: f64,
 }
@@ -109,7 +111,7 @@ impl Timeline {
     }
 
     /// All of these rows, from when the first micro-batch began to when the last ended: what a stage waited before is nobody's time.
-    fn new(mut rows: Vec<Row>) -> Self {
+    fn new((mut rows, dropped): (Vec<Row>, u64)) -> Self {
         let work = || rows.iter().flat_map(|row| &row.work);
         let origin = work().map(|span| span.start).reduce(f64::min).unwrap_or(0.0);
         let end = work().map(|span| span.end).reduce(f64::max).unwrap_or(origin);
@@ -117,7 +119,7 @@ impl Timeline {
             row.work.iter_mut().chain(&mut row.waits).for_each(|span| (span.start, span.end) = (span.start - origin, span.end - origin));
             row.waits = cut(&row.waits, (0.0, end - origin));
         }
-        Self { rows, from: 0.0, to: end - origin }
+        Self { rows, dropped, from: 0.0, to: end - origin }
     }
 
     /// The part between two times: spans outside are left out, spans across are cut.
@@ -135,7 +137,13 @@ impl Timeline {
         let (from, to) = (from_ms.max(self.from), to_ms.min(self.to));
         let cut = |spans: &[Span]| cut(spans, (from, to));
         let rows = self.rows.iter().map(|row| Row { work: cut(&row.work), waits: cut(&row.waits), ..row.clone() });
-        Ok(Self { rows: rows.collect(), from, to })
+        Ok(Self { rows: rows.collect(), dropped: self.dropped, from, to })
+    }
+
+    /// Later spans that the recorder had no room for: the picture ends too early.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped
     }
 
     /// The times, in milliseconds, that it begins and ends at.

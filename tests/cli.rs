@@ -138,6 +138,10 @@ fn a_failure_is_one_sentence_and_status_1() {
         1,
         &[
             ("plan --model nowhere --devices cpu", "nowhere"),
+            ("logits --model {model} --devices cpu --tokens {ids} --out {ids}", "is read"),
+            ("logits --model {model} --devices cpu --tokens {ids} --out {model}/model.safetensors", "is read"),
+            ("bench --model {model} --devices cpu --trace {model}/model.safetensors", "is read"),
+            ("timeline {trace} -o {trace}", "is read"),
             ("generate --model {model} --devices cpu --prompt=", "the prompt is empty"),
             ("plan --model {dir} --devices cpu", "config.json"),
             ("plan --model {model} --devices tpu", "\"tpu\""),

@@ -38,6 +38,18 @@ pub fn check_writable(path: &Path) -> Outcome {
     }
 }
 
+/// Refuses to write what is to be read: one of `inputs`, or something in them.
+pub fn check_apart(path: &Path, inputs: &[&Path]) -> Outcome {
+    let whole = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    // What doesn't exist yet lies where its directory is.
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let (itself, directory) = (whole(path), whole(parent));
+    match inputs.iter().find(|input| itself == whole(input) || directory == whole(input)) {
+        Some(input) => Err(Failure::because(format!("cannot write {}", path.display()), format!("{} is read", input.display()))),
+        None => Ok(()),
+    }
+}
+
 /// Writes a file beside `path` and renames it when it is complete, so that a failure leaves what was there before.
 /// A pipe or a device is written as it is.
 pub fn write(path: &Path, content: impl FnOnce(&mut dyn Write) -> io::Result<()>) -> Outcome {

@@ -63,7 +63,10 @@ impl GridArgs {
     /// The model on this grid, ready to run as `run` says.
     pub fn load(&self, run: &RunArgs, params: &Parameters, config: ParallelConfig) -> Outcome<Loaded> {
         // Better now than after the work.
-        run.trace.as_deref().map_or(Ok(()), super::files::check_writable)?;
+        if let Some(trace) = &run.trace {
+            super::files::check_writable(trace)?;
+            super::files::check_apart(trace, &[&self.model])?;
+        }
         let start = Instant::now();
         let devices = self.devices()?;
         // Drawn only where stderr is a terminal.
@@ -98,7 +101,7 @@ pub struct RunArgs {
 
     /// Write what each rank did when to this file, for Perfetto or chrome://tracing
     #[arg(long, value_name = "FILE")]
-    trace: Option<PathBuf>,
+    pub trace: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]

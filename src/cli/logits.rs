@@ -1,7 +1,7 @@
 //! `torchless logits`: the logits of every position, as a safetensors file.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::json;
 use torchless::{Error, InferenceState, Parameters, PipelineConfig, TensorParallelMistral};
@@ -25,7 +25,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
 
-    /// How many parts the sequence is computed in; on several stages at the same time
+    /// Parts that the sequence is computed in, on several stages at the same time; more where a part would have above 64 positions
     #[arg(long, value_name = "M", default_value = "4")]
     micro_batches: NonZeroUsize,
 }
@@ -33,6 +33,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Outcome {
     let tokens = files::read_ids(&args.tokens)?;
     files::check_writable(&args.out)?;
+    let trace = args.run.trace.as_deref();
+    let inputs: Vec<&Path> = [args.tokens.as_path(), args.grid.model.as_path()].into_iter().chain(trace).collect();
+    files::check_apart(&args.out, &inputs)?;
     let params = Parameters::load(&args.grid.model)?;
     let mut config = args.grid.config(&params, tokens.len());
     config.pipeline = PipelineConfig { num_micro_batches: args.micro_batches.get(), async_execution: true, ..config.pipeline };

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use torchless::{Busy, Timeline};
 
 use super::output::{print, print_json};
-use super::{Outcome, files};
+use super::{Outcome, files, note};
 
 /// Columns of the picture as text.
 const COLUMNS: usize = 100;
@@ -35,10 +35,16 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    args.out.as_deref().map_or(Ok(()), files::check_writable)?;
+    if let Some(out) = &args.out {
+        files::check_writable(out)?;
+        files::check_apart(out, &[&args.trace])?;
+    }
     let mut timeline = Timeline::read(&args.trace)?;
     if args.from.is_some() || args.to.is_some() {
         timeline = timeline.between(args.from.unwrap_or(0.0), args.to.unwrap_or(f64::INFINITY))?;
+    }
+    if timeline.dropped() > 0 {
+        note(format_args!("the recorder had no room for {} later spans, so that the picture ends too early", timeline.dropped()));
     }
     if let Some(out) = &args.out {
         let svg = timeline.svg();
@@ -47,7 +53,7 @@ pub fn run(args: &Args) -> Outcome {
     if args.json {
         let (from, to) = timeline.range_ms();
         let rows: Vec<Value> = timeline.busy().iter().map(document).collect();
-        return print_json(&json!({"out": args.out, "from_ms": from, "to_ms": to, "rows": rows}));
+        return print_json(&json!({"out": args.out, "from_ms": from, "to_ms": to, "dropped": timeline.dropped(), "rows": rows}));
     }
     match &args.out {
         Some(out) => print(&format!("{} ranks are drawn in {}\n", timeline.busy().len(), out.display())),

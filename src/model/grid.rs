@@ -67,7 +67,11 @@ impl Grid {
         let pools = pools(config, &layouts)?;
         let tensor = |name: &str| params.tensor(name);
 
-        let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, config.pipeline.num_micro_batches)?;
+        // A single stage has nothing to fill.
+        let micro_batches = if stages == 1 { 1 } else { config.pipeline.num_micro_batches };
+        // One more than there are stages, so that the first always has its next one.
+        let in_flight = micro_batches.min(stages + 1);
+        let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, in_flight)?;
         let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
         for (stage, layout) in layouts.iter().enumerate() {
             for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor) {
@@ -94,16 +98,13 @@ impl Grid {
             });
         }
         agree(&*collective, &params, &partition, room)?;
-        // A single stage has nothing to fill.
-        let micro_batches = if stages == 1 { 1 } else { config.pipeline.num_micro_batches };
         Ok(Self {
             rope: RopeTable::new(params.config()),
             pages: Arc::new(PagePool::new(room.pages)),
             driver: Driver::start(built, config.pipeline.async_execution, micro_batches)?,
             batches: AtomicU64::new(0),
             micro_batches,
-            // One more than there are stages, so that the first always has its next one.
-            in_flight: micro_batches.min(stages + 1),
+            in_flight,
             members: collective.size(),
             params,
             room,

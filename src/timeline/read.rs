@@ -12,14 +12,14 @@ use crate::trace::Category;
 /// Times beyond this many microseconds, 30 years, are no times. Within it no sum or difference is rounded by more than a picture shows.
 const MOST_MICROS: f64 = 1e15;
 
-/// The rows of a trace, their spans by beginning.
-pub(super) fn rows(trace: &[u8]) -> serde_json::Result<Vec<Row>> {
+/// The rows of a trace, their spans by beginning, and how many spans it says were left out.
+pub(super) fn rows(trace: &[u8]) -> serde_json::Result<(Vec<Row>, u64)> {
     let document: Document = serde_json::from_slice(trace)?;
     let mut rows: Vec<Row> = document.events.0.into_values().collect();
     for row in &mut rows {
         row.work.sort_by(|a, b| a.start.total_cmp(&b.start));
     }
-    Ok(rows)
+    Ok((rows, document.dropped))
 }
 
 #[derive(Deserialize)]
@@ -27,6 +27,8 @@ pub(super) fn rows(trace: &[u8]) -> serde_json::Result<Vec<Row>> {
 struct Document {
     #[serde(rename = "traceEvents")]
     events: Events,
+    #[serde(default)]
+    dropped: u64,
 }
 
 #[derive(Deserialize)]
