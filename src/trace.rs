@@ -51,7 +51,7 @@ pub(crate) struct TraceRow {
     pub device: String,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct Span {
     row: usize,
     category: Category,
@@ -115,7 +115,8 @@ impl Trace {
 
     /// One JSON document with `traceEvents`, a `tid` a (stage, rank).
     pub(crate) fn document(&self) -> Value {
-        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
+        // Copied, so that nobody who records waits for the writing.
+        let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let micros = |t: Instant| t.saturating_duration_since(self.origin).as_secs_f64() * 1e6;
         let names = self.rows.iter().enumerate().map(|(tid, row)| {
             let name = format!("stage {} rank {} ({})", row.stage, row.rank, row.device);

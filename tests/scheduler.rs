@@ -436,3 +436,17 @@ fn a_stream_that_outlives_its_scheduler_holds_no_pages() {
     assert_eq!(model.kv_pages_held(), 0);
     drop(completion);
 }
+
+#[test]
+fn a_reused_prefix_leaves_room_for_the_rest_of_a_prompt_longer_than_the_window() {
+    let dir = tempfile::tempdir().unwrap();
+    write_checkpoint(dir.path(), &Spec { sliding_window: Some(400), max_positions: 4096, ..Spec::default() });
+    let config = ParallelConfig::default().kv_positions(768);
+    let model = TensorParallelMistral::load(Parameters::load(dir.path()).unwrap(), config).unwrap();
+    let prompt: Vec<u32> = (0..2000).map(|t| t * 7 % 40).collect();
+    let want = alone(&model, &prompt, &options(3, None));
+    let scheduler = Scheduler::new(&model, SchedulerConfig::default()).unwrap();
+    wait(scheduler.submit(&prompt[..1000], options(3, None)).unwrap());
+    assert_eq!(wait(scheduler.submit(&prompt, options(3, None)).unwrap()), want);
+    assert!(scheduler.counts().reused_tokens >= 1000 - 64, "{:?}", scheduler.counts());
+}

@@ -133,7 +133,9 @@ impl CpuPlace {
 
     fn copy_pages(&mut self, copies: &[[PageId; 2]]) {
         for &[from, to] in copies {
-            self.pages[to as usize] = self.pages[from as usize].clone();
+            let mut page = std::mem::take(&mut self.pages[to as usize]);
+            page.copy_from_slice(&self.pages[from as usize]);
+            self.pages[to as usize] = page;
         }
     }
 

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 
 /// Joins the processes (or threads) that each host one rank.
 ///
-/// Every method is called from one thread of the engine only, in the same order by all members. An implementation decides how long
+/// Methods are called from one thread at a time, the one that loads and then the engine's, in the same order by all members. An implementation decides how long
 /// it waits for the others; when a member fails or leaves, it returns [`Error::Collective`] to the rest, which never
 /// get a sum without it.
 pub trait Collective: Send + Sync {

@@ -87,7 +87,7 @@ fn dispatch<'p, E: Element + Pod>(
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
+#[target_feature(enable = "avx512f,avx512vl")]
 unsafe fn avx512<'p, E: Element + Pod>(
     shape: KvShape,
     head: usize,

@@ -165,8 +165,8 @@ impl<By> ParallelMistral<By> {
         self.grid.params()
     }
 
-    /// Computes one token at the state's position and advances it; the logits land in the state. Exact: for one grid and machine the
-    /// same bits with any number of threads, token by token or prefilled in any chunks. `debug` reports each step to stderr.
+    /// Computes one token at the state's position and advances it; the logits land in the state. Exact: for one grid of CPU ranks and one machine the
+    /// same bits with any number of threads, token by token, in a batch or prefilled in any chunks. `debug` reports each step to stderr.
     ///
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
@@ -223,7 +223,7 @@ impl<By> ParallelMistral<By> {
         self.prefill_logits_in_chunks(state, tokens, usize::MAX)
     }
 
-    /// [`Self::prefill_logits`] in chunks of at most `chunk` tokens. The same bits for every chunk.
+    /// [`Self::prefill_logits`] in chunks of at most `chunk` tokens. On CPUs the same bits for every chunk.
     ///
     /// # Errors
     /// As [`Self::prefill`].
@@ -233,7 +233,7 @@ impl<By> ParallelMistral<By> {
     }
 
     /// Computes one token of each of several sequences, of any lengths, in one launch that reads every weight once (on several stages, in
-    /// as many as there are micro-batches). Each advances by its token, and its logits land in its state: on CPUs the bits of
+    /// up to as many as there are micro-batches; more where there are above 64 sequences or caches of both types). Each advances by its token, and its logits land in its state: on CPUs the bits of
     /// [`Self::forward`] on each alone. All or nothing: after an error all are as before.
     ///
     /// ```
@@ -300,7 +300,7 @@ impl<By> ParallelMistral<By> {
         self.grid.trace().start();
     }
 
-    /// Seconds recorded since [`Self::start_trace`], summed over ranks: computing, reading, reducing, writing.
+    /// Seconds recorded since the first [`Self::start_trace`], summed over ranks: computing, reading, reducing, writing.
     #[must_use]
     pub fn traced_seconds(&self) -> [f64; 4] {
         self.grid.trace().seconds()

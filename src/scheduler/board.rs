@@ -149,16 +149,17 @@ impl Board {
         // The last token's logits are wanted, so it is computed in any case.
         let common = |kept: &Kept| kept.tokens.iter().zip(&request.todo[..request.todo.len() - 1]).take_while(|(a, b)| a == b).count();
         let best = (0..self.kept.len()).max_by_key(|&i| common(&self.kept[i]));
-        let Some(kept) = best.and_then(|i| self.kept.remove(i)) else { return 0 };
-        let mut n = common(&kept).min(kept.lease.stored());
+        let Some(best) = best else { return 0 };
+        let kept = &self.kept[best];
+        let n = common(kept).min(kept.lease.stored());
         if n >= LEAST_REUSED
             && let Some(lease) = kept.lease.fork(n, request.state.config.first_seen(n))
         {
             request.state.adopt(request.todo.drain(..n).collect(), lease, checkpoint);
-        } else {
-            n = 0;
+            let kept = self.kept.remove(best);
+            self.kept.extend(kept);
+            return n;
         }
-        self.kept.push_back(kept);
-        n
+        0
     }
 }

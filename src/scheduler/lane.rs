@@ -77,8 +77,8 @@ impl Hub {
         {
             let reused = board.reuse(&mut request, self.grid.params().fingerprint());
             let window = self.grid.params().config().sliding_window.unwrap_or(usize::MAX);
-            // Of a prompt longer than the window, pages are freed before others are needed.
-            let ahead = request.todo.len().min(window.saturating_add(self.prompt_rows()));
+            // Of a prompt longer than the window, pages are freed before others are needed; what is reused has some of them already.
+            let ahead = request.todo.len().min(window.saturating_sub(reused).saturating_add(self.prompt_rows()));
             match self.reserve(board, &mut request, ahead, false) {
                 Ok(()) => {
                     board.count_reused(reused);

@@ -70,7 +70,7 @@ pub struct SchedulerCounts {
 /// where it runs full later, the youngest gives way and is computed again when there is room, so that the oldest
 /// always goes on. On a pipeline, as many steps of different requests are on their way as there are stages.
 ///
-/// Texts are those of [`generate`](crate::generate()) on each prompt alone; on CPUs, with the same logits to the bit.
+/// Texts are those of [`generate`](crate::generate()) on each prompt alone, as far as the cache goes; on CPUs, with the same logits to the bit.
 ///
 /// ```
 /// use futures::executor::block_on_stream;
@@ -169,13 +169,13 @@ impl Scheduler {
         if let Some(why) = board.closed {
             return Err(Error::Request(why.into()));
         }
-        let id = board.next_id();
-        if course.left() > 0 {
+        let (id, nothing) = (board.next_id(), course.left() == 0);
+        if !nothing {
             board.waiting.push_back(Request { id, state, todo: prompt, is_prompt: true, course, tokens: sender });
             hub.changed.notify_all();
         }
         drop(board);
-        Ok(Completion { id, prompt_tokens, hub: hub.clone(), tokens })
+        Ok(Completion { id, prompt_tokens, hub: hub.clone(), tokens, has_ended: nothing })
     }
 
     /// What it does and has done.
@@ -222,6 +222,8 @@ pub struct Completion {
     prompt_tokens: usize,
     hub: Arc<Hub>,
     tokens: UnboundedReceiver<Result<Token>>,
+    /// The last item has come.
+    has_ended: bool,
 }
 
 impl Completion {
@@ -236,7 +238,18 @@ impl Stream for Completion {
     type Item = Result<Token>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Token>>> {
-        Pin::new(&mut self.tokens).poll_next(context)
+        let polled = Pin::new(&mut self.tokens).poll_next(context);
+        match &polled {
+            Poll::Pending => {}
+            Poll::Ready(Some(Ok(token))) => self.has_ended = token.finish.is_some(),
+            Poll::Ready(Some(Err(_))) => self.has_ended = true,
+            // A text that was cut off must not look like one that is complete.
+            Poll::Ready(None) if !std::mem::replace(&mut self.has_ended, true) => {
+                return Poll::Ready(Some(Err(Error::Request("a thread of the scheduler panicked".into()))));
+            }
+            Poll::Ready(None) => {}
+        }
+        polled
     }
 }
 
