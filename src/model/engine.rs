@@ -1,9 +1,9 @@
 //! [`Driver`]: sends batches through the stages, on a thread a stage or on one thread for all.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, SyncSender, TryRecvError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::backend::{Batch, Flow, PlaceCounts};
 use crate::error::{Error, Result};
@@ -12,6 +12,8 @@ use crate::model::stage::Stage;
 
 /// Batches that wait in front of a stage. One is enough for the stage to go on at once; more would only hold memory.
 const QUEUE: usize = 1;
+/// How long a stage looks for its next batch before it sleeps.
+const LOOKING: Duration = Duration::from_micros(200);
 
 /// A batch on its way through the stages.
 pub(crate) struct Trip {
@@ -145,7 +147,7 @@ impl Drop for Driver {
 /// One stage on a thread of its own.
 fn work(mut stage: Stage, visitors: &Receiver<Visitor>, next: Option<&SyncSender<Visitor>>) {
     let mut idle = None;
-    while let Ok(mut visitor) = visitors.recv() {
+    while let Some(mut visitor) = next_of(visitors, idle) {
         match &mut visitor {
             Visitor::Trip(trip) => {
                 stage.waited(idle, trip);
@@ -161,6 +163,18 @@ fn work(mut stage: Stage, visitors: &Receiver<Visitor>, next: Option<&SyncSender
             (Visitor::Count(counts, answer), None) => drop(answer.send(counts)),
         }
     }
+}
+
+/// The next visitor. For a moment the thread looks for it and lets others run: the next batch mostly comes soon, and to be woken takes longer.
+fn next_of(visitors: &Receiver<Visitor>, idle: Option<Instant>) -> Option<Visitor> {
+    while idle.is_some_and(|since| since.elapsed() < LOOKING) {
+        match visitors.try_recv() {
+            Ok(visitor) => return Some(visitor),
+            Err(TryRecvError::Disconnected) => return None,
+            Err(TryRecvError::Empty) => std::thread::yield_now(),
+        }
+    }
+    visitors.recv().ok()
 }
 
 /// All stages on one thread, which steps the schedule: in every step each stage computes the batch that it holds, all of them
