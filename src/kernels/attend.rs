@@ -59,69 +59,50 @@ pub(crate) fn attend<'p>(
     page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
     y: &mut [f32],
 ) {
+    let query = Query { shape, head, q, positions: from..to + 1 };
     match shape.kv {
-        KvType::F32 => dispatch::<f32>(Isa::best(), shape, head, q, from..to + 1, page, y),
-        KvType::F16 => dispatch::<f16>(Isa::best(), shape, head, q, from..to + 1, page, y),
+        KvType::F32 => dispatch::<f32>(Isa::best(), query, page, y),
+        KvType::F16 => dispatch::<f16>(Isa::best(), query, page, y),
     }
 }
 
-fn dispatch<'p, E: Element + Pod>(
-    isa: Isa,
+/// One query head and what it attends to.
+struct Query<'a> {
     shape: KvShape,
     head: usize,
-    q: &[f32],
+    q: &'a [f32],
     positions: Range<usize>,
-    page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
-    y: &mut [f32],
-) {
+}
+
+fn dispatch<'p, E: Element + Pod>(isa: Isa, query: Query<'_>, page: impl Fn(usize) -> (&'p [u32], &'p [u32]), y: &mut [f32]) {
     // SAFETY: `Isa::available` lists only what the CPU has.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => avx512::<E>(shape, head, q, positions, page, y),
+            Isa::Avx512 => avx512::<E>(query, page, y),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::<E>(shape, head, q, positions, page, y),
-            Isa::Portable => blocks::<[f32; 16], E>(shape, head, q, positions, page, y),
+            Isa::Avx2 => avx2::<E>(query, page, y),
+            Isa::Portable => blocks::<[f32; 16], E>(query, page, y),
         }
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl")]
-unsafe fn avx512<'p, E: Element + Pod>(
-    shape: KvShape,
-    head: usize,
-    q: &[f32],
-    positions: Range<usize>,
-    page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
-    y: &mut [f32],
-) {
-    unsafe { blocks::<std::arch::x86_64::__m512, E>(shape, head, q, positions, page, y) }
+unsafe fn avx512<'p, E: Element + Pod>(query: Query<'_>, page: impl Fn(usize) -> (&'p [u32], &'p [u32]), y: &mut [f32]) {
+    unsafe { blocks::<std::arch::x86_64::__m512, E>(query, page, y) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<'p, E: Element + Pod>(
-    shape: KvShape,
-    head: usize,
-    q: &[f32],
-    positions: Range<usize>,
-    page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
-    y: &mut [f32],
-) {
-    unsafe { blocks::<[std::arch::x86_64::__m256; 2], E>(shape, head, q, positions, page, y) }
+unsafe fn avx2<'p, E: Element + Pod>(query: Query<'_>, page: impl Fn(usize) -> (&'p [u32], &'p [u32]), y: &mut [f32]) {
+    unsafe { blocks::<[std::arch::x86_64::__m256; 2], E>(query, page, y) }
 }
 
 /// All scores first, block by block, then the weighted values likewise.
 #[inline(always)]
-unsafe fn blocks<'p, L: Lanes, E: Element + Pod>(
-    shape: KvShape,
-    head: usize,
-    q: &[f32],
-    positions: Range<usize>,
-    page: impl Fn(usize) -> (&'p [u32], &'p [u32]),
-    y: &mut [f32],
-) {
+unsafe fn blocks<'p, L: Lanes, E: Element + Pod>(query: Query<'_>, page: impl Fn(usize) -> (&'p [u32], &'p [u32]), y: &mut [f32]) {
+    let Query { shape, head, q, positions } = query;
     let (page_len, head_dim) = (shape.kv.page_len(), shape.head_dim);
     let scale = 1.0 / (head_dim as f32).sqrt();
     let first = positions.start / BLOCK;
@@ -300,9 +281,10 @@ mod tests {
                     let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
                     for isa in Isa::available() {
                         let mut y = vec![f32::NAN; head_dim];
+                        let query = Query { shape, head: 1, q: &q, positions: from..to + 1 };
                         match kv {
-                            KvType::F32 => dispatch::<f32>(isa, shape, 1, &q, from..to + 1, page, &mut y),
-                            KvType::F16 => dispatch::<f16>(isa, shape, 1, &q, from..to + 1, page, &mut y),
+                            KvType::F32 => dispatch::<f32>(isa, query, page, &mut y),
+                            KvType::F16 => dispatch::<f16>(isa, query, page, &mut y),
                         }
                         for (i, y) in y.iter().enumerate() {
                             let want: f64 = (from..=to).zip(&scores).map(|(p, s)| (s - max).exp() / sum * vector(1, p, i)).sum();

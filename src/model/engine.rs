@@ -94,17 +94,19 @@ impl Driver {
     /// A thread a stage where `concurrent`, with a bounded queue in front of each; otherwise one that steps the schedule of at
     /// most `depth` batches over all stages. Batches arrive in the order they were sent, with the same bits.
     pub(crate) fn start(stages: Vec<Stage>, concurrent: bool, depth: usize) -> Result<Self> {
-        let (inbox, visitors) = mpsc::sync_channel(QUEUE);
-        let mut driver = Self { inbox: Some(inbox), threads: Vec::new() };
+        let mut driver = Self { inbox: None, threads: Vec::new() };
         if !concurrent || stages.len() == 1 {
+            let (inbox, visitors) = mpsc::sync_channel(QUEUE);
             driver.spawn("torchless-driver".into(), move || step(stages, &visitors, depth))?;
+            driver.inbox = Some(inbox);
             return Ok(driver);
         }
-        let (mut visitors, last) = (visitors, stages.len() - 1);
-        for stage in stages {
-            let (next, arrivals) = if stage.index < last { Some(mpsc::sync_channel(QUEUE)).unzip() } else { (None, None) };
-            let inbox = std::mem::replace(&mut visitors, arrivals.unwrap_or_else(|| mpsc::sync_channel(QUEUE).1));
-            driver.spawn(format!("torchless-stage-{}", stage.index), move || work(stage, &inbox, next.as_ref()))?;
+        // From the last to the first, so that each knows the next one's queue.
+        for stage in stages.into_iter().rev() {
+            let (inbox, visitors) = mpsc::sync_channel(QUEUE);
+            let next = driver.inbox.take();
+            driver.spawn(format!("torchless-stage-{}", stage.index), move || work(stage, &visitors, next.as_ref()))?;
+            driver.inbox = Some(inbox);
         }
         Ok(driver)
     }

@@ -109,9 +109,9 @@ impl PipelineParallelMistral {
     /// # Errors
     /// As [`TensorParallelMistral::load`].
     pub fn load(params: Parameters, config: impl Into<ParallelConfig>) -> Result<Self> {
-        let config = config.into();
+        let config = config.into().pipelined();
         config.validate(params.config())?;
-        let stages = config.stages.unwrap_or(params.config().n_layers.min(4));
+        let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * config.tensor.world_size];
         Self::on(params, &config, stages, &devices)
     }

@@ -55,7 +55,7 @@ impl ParallelConfig {
     #[must_use]
     pub fn pipeline(micro_batches: usize) -> Self {
         let pipeline = PipelineConfig { num_micro_batches: micro_batches, async_execution: true, ..PipelineConfig::default() };
-        Self { pipeline, pipelined: true, ..Self::default() }
+        Self { pipeline, ..Self::default() }.pipelined()
     }
 
     /// Every matrix split over `world_size` ranks, of which this is `rank`. Checked when a model is loaded.
@@ -99,6 +99,11 @@ impl ParallelConfig {
     pub fn kv_positions(mut self, positions: usize) -> Self {
         self.kv_positions = Some(positions);
         self
+    }
+
+    /// Several stages where no number was set.
+    pub(crate) fn pipelined(self) -> Self {
+        Self { pipelined: true, ..self }
     }
 
     /// The stages of a model of `n_layers` layers: those asked for, or the default.

@@ -202,3 +202,10 @@ fn what_is_no_trace_is_refused_with_the_reason() {
         assert!(message.starts_with("the text is no trace that can be drawn: ") && message.contains(words), "{message}");
     }
 }
+
+#[test]
+fn a_trace_that_was_cut_short_says_by_how_much() {
+    let read = |trace: &str| Timeline::from_json(trace).unwrap();
+    assert_eq!(read(r#"{"traceEvents": [], "dropped": 77}"#).dropped(), 77);
+    assert_eq!(read(r#"{"traceEvents": []}"#).dropped(), 0);
+}
