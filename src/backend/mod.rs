@@ -10,6 +10,7 @@ use crate::backend::cpu::{CpuPlace, Threads};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::Result;
+pub(crate) use crate::kernels::Numerics;
 use crate::kernels::matrix::Matrix;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
@@ -72,6 +73,7 @@ pub(crate) struct Batch {
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,
     pub kv: KvType,
+    pub numerics: Numerics,
 }
 
 /// The rows of a batch on their way into a stage and from one stage to the next: `[rows, width]`, no padding.

@@ -8,6 +8,16 @@ pub(crate) mod linear;
 pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod pool;
+pub(crate) mod product;
+
+/// How a launch computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Numerics {
+    /// A row's bits depend on nothing but its sequence.
+    Exact,
+    /// As fast as the weights' format allows, within its bound.
+    Fast,
+}
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`: RMSNorm (Zhang and Sennrich, 2019). All `[hidden]`.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
@@ -34,10 +44,10 @@ pub(crate) fn rope(x: &mut [f32], angles: &[f32]) {
     }
 }
 
-/// `y = silu(gate) * up`, where silu(v) = v / (1 + exp(-v)). All `[channels]`.
-pub(crate) fn swiglu(gate: &[f32], up: &[f32], y: &mut [f32]) {
-    for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-        *y = g / (1.0 + (-g).exp()) * u;
+/// `gate = silu(gate) * up`, where silu(v) = v / (1 + exp(-v)). Both `[channels]`.
+pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g / (1.0 + (-*g).exp()) * u;
     }
 }
 

@@ -11,6 +11,7 @@ use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::parallel::WorkStealingStats;
 use crate::kernels::pool::Pool;
 use crate::model::engine::{Counts, Driver};
 use crate::model::kv::PagePool;
@@ -37,6 +38,8 @@ pub(crate) struct Grid {
     pub(super) rope: RopeTable,
     ranks: Vec<RankInfo>,
     trace: Arc<Trace>,
+    /// Tasks of the products on the CPU.
+    pub(super) stats: Arc<WorkStealingStats>,
     /// Batches made so far.
     pub(super) batches: AtomicU64,
     /// Batches that the rows of a call are cut into, so that they fill the stages.
@@ -63,7 +66,7 @@ impl Grid {
         let layouts = lay_out(&params, &partition, local, devices, collective.size());
         let ranks = rank_infos(&params, &partition, &layouts)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
-        let trace = Arc::new(Trace::new(rows));
+        let (trace, stats) = (Arc::new(Trace::new(rows)), Arc::new(WorkStealingStats::new()));
         let pools = pools(config, &layouts)?;
         let tensor = |name: &str| params.tensor(name);
 
@@ -81,7 +84,7 @@ impl Grid {
         let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor);
-            let threads = Threads { pool: pools[index].clone(), work: config.work };
+            let threads = Threads { pool: pools[index].clone(), work: config.work, stats: stats.clone() };
             let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads, &mut opened)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             let (plan, collective, trace) = (layout.plan.clone(), collective.clone(), trace.clone());
@@ -110,6 +113,7 @@ impl Grid {
             room,
             ranks,
             trace,
+            stats,
         })
     }
 

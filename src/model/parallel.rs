@@ -4,11 +4,13 @@ use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::backend::Numerics::{self, Exact, Fast};
 use crate::backend::PlaceCounts;
 use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::parallel::WorkStealingStats;
 use crate::model::advance::{How, Want};
 use crate::model::grid::Grid;
 use crate::model::layout::{RankInfo, ranks_per_stage};
@@ -171,16 +173,16 @@ impl<By> ParallelMistral<By> {
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
     pub fn forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], Exact, debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// [`Self::forward`] without the promise of bits. Until it has faster kernels of its own it runs the exact ones; on a state with
-    /// an f16 cache it differs from [`Self::forward`] on an f32 cache by that rounding only.
+    /// [`Self::forward`] without the promise of bits: sums in any order, bf16 products where the weights are bf16, int8 activations
+    /// where they are quantised. GPUs run the exact forms' kernels.
     ///
     /// # Panics
     /// Where [`Self::try_fast_forward`] returns an error.
     pub fn fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], Fast, debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// [`Self::forward`] without the panic. After an error the state is as before. `debug` reports each step to stderr.
@@ -188,7 +190,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// A token outside the vocabulary, a full context or cache, a state of another checkpoint, a lost device.
     pub fn try_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
-        self.step(state, &[token], debug)
+        self.step(state, &[token], Exact, debug)
     }
 
     /// [`Self::fast_forward`] without the panic.
@@ -196,7 +198,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`].
     pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
-        self.step(state, &[token], debug)
+        self.step(state, &[token], Fast, debug)
     }
 
     /// Computes a whole prompt in chunks; the logits of its last token land in the state. The numerics of [`Self::forward`].
@@ -204,7 +206,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`], and for an empty prompt.
     pub fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, false)
+        self.step(state, tokens, Exact, false)
     }
 
     /// [`Self::prefill`] with the numerics of [`Self::fast_forward`].
@@ -212,7 +214,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, false)
+        self.step(state, tokens, Fast, false)
     }
 
     /// [`Self::prefill`] that answers with the logits of every token: `[tokens, vocab_size]`.
@@ -251,8 +253,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`]; another number of tokens than of states.
     pub fn forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
-        let tokens: Vec<&[u32]> = tokens.iter().map(std::slice::from_ref).collect();
-        self.grid.advance(states, &tokens, How::new(Want::Last)).map(drop)
+        self.step_each(states, tokens, Exact)
     }
 
     /// [`Self::forward_batch`] with the numerics of [`Self::fast_forward`].
@@ -260,11 +261,16 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::forward_batch`].
     pub fn fast_forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
-        self.forward_batch(states, tokens)
+        self.step_each(states, tokens, Fast)
     }
 
-    fn step(&self, state: &mut InferenceState, tokens: &[u32], debug: bool) -> Result<()> {
-        self.grid.advance(&mut [state], &[tokens], How { debug, ..How::new(Want::Last) }).map(drop)
+    fn step(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics, debug: bool) -> Result<()> {
+        self.grid.advance(&mut [state], &[tokens], How { numerics, debug, ..How::new(Want::Last) }).map(drop)
+    }
+
+    fn step_each(&self, states: &mut [&mut InferenceState], tokens: &[u32], numerics: Numerics) -> Result<()> {
+        let tokens: Vec<&[u32]> = tokens.iter().map(std::slice::from_ref).collect();
+        self.grid.advance(states, &tokens, How { numerics, ..How::new(Want::Last) }).map(drop)
     }
 
     /// Every rank, where it is and what it holds.
@@ -287,6 +293,12 @@ impl<By> ParallelMistral<By> {
     /// If the model's driver thread has ended.
     pub fn collectives(&self) -> Result<u64> {
         self.grid.counts().map(|counts| counts.collectives)
+    }
+
+    /// What became of the tasks of all products on the CPU so far: a task is a chunk of a matrix's outputs.
+    #[must_use]
+    pub fn work_stats(&self) -> &WorkStealingStats {
+        &self.grid.stats
     }
 
     /// Pages of the KV cache that states hold now.
