@@ -178,10 +178,9 @@ impl CpuPlace {
             Op::RmsNorm { .. } | Op::Linear { .. } => unreachable!("they are steps of their own"),
             Op::Rope { x } => {
                 let angles = self.config.head_dim;
-                for x in &mut self.bufs[x.0] {
-                    for (x, angles) in x.data.chunks_exact_mut(x.width).zip(batch.rope.chunks_exact(angles)) {
-                        rope(x, angles);
-                    }
+                for Activation { width, data } in &mut self.bufs[x.0] {
+                    let width = *width;
+                    spread(batch.rows.len(), 8 * width, data, |row, x| rope(x, &batch.rope[row * angles..][..angles]));
                 }
             }
             Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v, batch),
@@ -365,17 +364,25 @@ impl Place for CpuPlace {
 /// `x += add` and `y = rms_norm(x)`, row by row, all `[rows, hidden]`.
 fn norm(add_to_x: Option<&[f32]>, x: &mut [f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     let hidden = weight.len();
-    let (n, per_task) = (x.len() / hidden, SMALL.div_ceil(4 * hidden));
-    let (x, y) = (Scatter::new(x), Scatter::new(y));
+    let y = Scatter::new(y);
+    spread(x.len() / hidden, 8 * hidden, x, |row, x| {
+        let range = row * hidden..(row + 1) * hidden;
+        if let Some(add_to_x) = add_to_x {
+            add(x, &add_to_x[range.clone()]);
+        }
+        // SAFETY: a row belongs to one task.
+        rms_norm(x, weight, eps, unsafe { y.range(range) });
+    });
+}
+
+/// Calls `f(row, x[row])` for `n` equal rows of `x`, each worth `work` multiplications, on as many threads as that is worth.
+fn spread(n: usize, work: usize, x: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync) {
+    let (width, per_task) = (x.len() / n.max(1), SMALL.div_ceil(work.max(1)));
+    let x = Scatter::new(x);
     for_each(n.div_ceil(per_task), |task, _| {
         for row in task * per_task..n.min((task + 1) * per_task) {
-            let range = row * hidden..(row + 1) * hidden;
             // SAFETY: a row belongs to one task.
-            let (x, y) = unsafe { (x.range(range.clone()), y.range(range.clone())) };
-            if let Some(add_to_x) = add_to_x {
-                add(x, &add_to_x[range]);
-            }
-            rms_norm(x, weight, eps, y);
+            f(row, unsafe { x.range(row * width..(row + 1) * width) });
         }
     });
 }
