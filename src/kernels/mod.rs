@@ -8,6 +8,7 @@ pub(crate) mod linear;
 pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod pool;
+pub(crate) mod quant;
 
 /// `y = x / sqrt(mean(x^2) + eps) * weight`: RMSNorm (Zhang and Sennrich, 2019). All `[hidden]`.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
