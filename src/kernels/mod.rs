@@ -9,6 +9,7 @@ pub(crate) mod matrix;
 pub(crate) mod parallel;
 pub(crate) mod pool;
 pub(crate) mod product;
+pub(crate) mod quant;
 
 use linear::Isa;
 
