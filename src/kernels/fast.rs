@@ -24,7 +24,7 @@ const STEPS: usize = 512;
 /// Weight rows that are packed at once: with their outputs they lie in L2.
 const GROUP: usize = 128;
 /// Fewest activation rows that repay the packing.
-const FEWEST: usize = 16;
+const FEWEST: usize = 8;
 
 /// The activation rows of an op, as [`linear_rows_fast`] takes them: prepared once, shared by all tasks.
 pub(crate) struct FastRows<'a> {
@@ -72,6 +72,7 @@ impl Panels {
         let panels = xs.len().div_ceil(kernel.widest());
         let width = xs.len().div_ceil(panels);
         let mut packed = Self { dtype, kernel, rows: xs.len(), cols, width, words: Vec::new() };
+        let panels = packed.panels();
         let mut words = vec![0; packed.steps() * panels * width];
         let blocks = packed.steps().div_ceil(STEPS);
         let out = Scatter::new(&mut words);
@@ -85,6 +86,10 @@ impl Panels {
         });
         packed.words = words;
         packed
+    }
+
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(self.width)
     }
 
     /// Words of a row.
@@ -104,9 +109,8 @@ impl Panels {
 
     /// Where a panel of a block lies.
     fn place(&self, block: usize, panel: usize) -> Range<usize> {
-        let panels = self.rows.div_ceil(self.width);
         let len = self.steps_of(block) * self.width;
-        let start = block * STEPS * panels * self.width + panel * len;
+        let start = block * STEPS * self.panels() * self.width + panel * len;
         start..start + len
     }
 
@@ -114,41 +118,58 @@ impl Panels {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
         assert_eq!(self.dtype, weights.dtype(), "activations prepared for another dtype");
         assert_eq!(self.cols, weights.cols(), "an input of {} columns for a matrix of {}", self.cols, weights.cols());
-        SCRATCH.with_borrow_mut(|Scratch { words, sums }| {
+        let blocks = self.steps().div_ceil(STEPS);
+        SCRATCH.with_borrow_mut(|Scratch { words, sums, ahead }| {
             words.resize(GROUP * STEPS, 0);
-            sums.resize(self.rows.next_multiple_of(self.width) * GROUP, 0.0);
+            sums.resize(self.panels() * self.width * GROUP, 0.0);
             for first in rows.clone().step_by(GROUP) {
-                let count = GROUP.min(rows.end - first);
-                self.group(weights, first, count, words, sums);
+                let group = first..rows.end.min(first + GROUP);
+                sums.fill(0.0);
+                for block in 0..blocks {
+                    ahead.clear();
+                    if block + 1 < blocks {
+                        self.list_lines(weights, group.clone(), block + 1, ahead);
+                    } else {
+                        self.list_lines(weights, group.end..rows.end.min(group.end + GROUP), 0, ahead);
+                    }
+                    self.add_block(weights, group.clone(), block, words, sums, ahead);
+                }
                 for (i, sums) in sums.chunks_exact(GROUP).take(self.rows).enumerate() {
-                    for (r, sum) in sums[..count].iter().enumerate() {
-                        put(first + r, i, *sum);
+                    for (row, sum) in group.clone().zip(sums) {
+                        put(row, i, *sum);
                     }
                 }
             }
         });
     }
 
-    /// `sums[i][r] = weights[first + r] . x[i]` for r below `count`; `sums` is `[rows, GROUP]`.
-    fn group(&self, weights: &Matrix, first: usize, count: usize, words: &mut [u32], sums: &mut [f32]) {
-        let tile = self.kernel.rows();
-        sums.fill(0.0);
-        for block in 0..self.steps().div_ceil(STEPS) {
-            let steps = self.steps_of(block);
-            let count = count.next_multiple_of(tile);
-            for (i, words) in words.chunks_exact_mut(steps * LANES).take(count / LANES).enumerate() {
-                // Beyond the end the last row is repeated, so that every tile is whole.
-                let row = |r: usize| weights.row((first + i * LANES + r).min(weights.rows() - 1));
-                self.kernel.pack(std::array::from_fn(row), self.columns(block), words);
+    /// Adds to `sums`, `[rows, GROUP]`, the products of a block of a group of weight rows. The lines `ahead` are fetched meanwhile.
+    fn add_block(&self, weights: &Matrix, group: Range<usize>, block: usize, words: &mut [u32], sums: &mut [f32], ahead: &[*const u8]) {
+        let (steps, tile) = (self.steps_of(block), self.kernel.rows());
+        let count = group.len().next_multiple_of(tile);
+        for (i, words) in words.chunks_exact_mut(steps * LANES).take(count / LANES).enumerate() {
+            // Beyond the end the last row is repeated, so that every tile is whole.
+            let row = |r: usize| weights.row((group.start + i * LANES + r).min(group.end - 1));
+            self.kernel.pack(std::array::from_fn(row), self.columns(block), words);
+        }
+        let mut ahead = ahead.chunks(ahead.len().div_ceil(self.panels() * (count / tile)).max(1));
+        for panel in 0..self.panels() {
+            let x = &self.words[self.place(block, panel)];
+            let sums = &mut sums[panel * self.width * GROUP..][..self.width * GROUP];
+            for r in (0..count).step_by(tile) {
+                let words = &words[r * steps..][..tile * steps];
+                self.kernel.multiply(self.width, words, x, &mut sums[r..], GROUP, ahead.next().unwrap_or_default());
             }
-            for panel in 0..self.rows.div_ceil(self.width) {
-                let x = &self.words[self.place(block, panel)];
-                let sums = &mut sums[panel * self.width * GROUP..][..self.width * GROUP];
-                for r in (0..count).step_by(tile) {
-                    let words = &words[r * steps..][..tile * steps];
-                    self.kernel.multiply(self.width, words, x, &mut sums[r..], GROUP);
-                }
-            }
+        }
+    }
+
+    /// The cache lines of a block of weight rows.
+    fn list_lines(&self, weights: &Matrix, rows: Range<usize>, block: usize, lines: &mut Vec<*const u8>) {
+        let columns = self.columns(block);
+        let (start, len) = (self.dtype.bytes(columns.start), self.dtype.bytes(columns.len()));
+        for row in rows {
+            let start = weights.row(row).as_ptr().wrapping_add(start);
+            lines.extend((0..len).step_by(64).map(|at| start.wrapping_add(at)));
         }
     }
 }
@@ -171,10 +192,11 @@ fn pack_row(kernel: Kernel, x: &[f32], out: &mut [u32], width: usize, at: usize)
 struct Scratch {
     words: Vec<u32>,
     sums: Vec<f32>,
+    ahead: Vec<*const u8>,
 }
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { words: Vec::new(), sums: Vec::new() }) };
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { words: Vec::new(), sums: Vec::new(), ahead: Vec::new() }) };
 }
 
 #[cfg(test)]

@@ -86,19 +86,19 @@ impl Kernel {
     }
 
     /// `sums[j * stride + r] += w[r] . x[j]` for a tile of weight rows, `[rows / 16, steps, 16]`, and a panel of `width` activation rows, `[steps, width]`.
-    pub(super) fn multiply(self, width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize) {
+    pub(super) fn multiply(self, width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
         let steps = w.len() / self.rows();
         assert!(w.len() == steps * self.rows() && x.len() == steps * width && sums.len() >= (width - 1) * stride + self.rows());
         // SAFETY: `available` lists only what the CPU has; the lengths are checked.
         unsafe {
             match self {
                 #[cfg(target_arch = "x86_64")]
-                Self::Pairs => x86::multiply_pairs(width, w, x, sums, stride),
+                Self::Pairs => x86::multiply_pairs(width, w, x, sums, stride, ahead),
                 #[cfg(target_arch = "x86_64")]
-                Self::Products(Isa::Avx512) => x86::multiply_avx512(width, w, x, sums, stride),
+                Self::Products(Isa::Avx512) => x86::multiply_avx512(width, w, x, sums, stride, ahead),
                 #[cfg(target_arch = "x86_64")]
-                Self::Products(Isa::Avx2) => x86::multiply_avx2(width, w, x, sums, stride),
-                Self::Products(Isa::Portable) => tiles::<Products<[f32; 16]>, 1>(width, w, x, sums, stride),
+                Self::Products(Isa::Avx2) => x86::multiply_avx2(width, w, x, sums, stride, ahead),
+                Self::Products(Isa::Portable) => tiles::<Products<[f32; 16]>, 1>(width, w, x, sums, stride, ahead),
             }
         }
     }
@@ -174,18 +174,18 @@ unsafe fn pack<A: Arithmetic, W: Element>(rows: [&[W]; LANES], words: &mut [u32]
 
 /// A tile of R * 16 weight rows, of the width that is given.
 #[inline(always)]
-unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize) {
+unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
     unsafe {
         match width {
-            4 => tile::<A, R, 4>(w, x, sums, stride),
-            5 => tile::<A, R, 5>(w, x, sums, stride),
-            6 => tile::<A, R, 6>(w, x, sums, stride),
-            7 => tile::<A, R, 7>(w, x, sums, stride),
-            8 => tile::<A, R, 8>(w, x, sums, stride),
-            9 => tile::<A, R, 9>(w, x, sums, stride),
-            10 => tile::<A, R, 10>(w, x, sums, stride),
-            11 => tile::<A, R, 11>(w, x, sums, stride),
-            12 => tile::<A, R, 12>(w, x, sums, stride),
+            4 => tile::<A, R, 4>(w, x, sums, stride, ahead),
+            5 => tile::<A, R, 5>(w, x, sums, stride, ahead),
+            6 => tile::<A, R, 6>(w, x, sums, stride, ahead),
+            7 => tile::<A, R, 7>(w, x, sums, stride, ahead),
+            8 => tile::<A, R, 8>(w, x, sums, stride, ahead),
+            9 => tile::<A, R, 9>(w, x, sums, stride, ahead),
+            10 => tile::<A, R, 10>(w, x, sums, stride, ahead),
+            11 => tile::<A, R, 11>(w, x, sums, stride, ahead),
+            12 => tile::<A, R, 12>(w, x, sums, stride, ahead),
             _ => unreachable!("a panel of {width} rows"),
         }
     }
@@ -193,12 +193,15 @@ unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32
 
 #[inline(always)]
 #[expect(clippy::needless_range_loop)] // all sides are indexed alike
-unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u32], sums: &mut [f32], stride: usize) {
+unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
     let steps = x.len() / C;
     let (w, x, sums) = (w.as_ptr().cast::<f32>(), x.as_ptr().cast::<f32>(), sums.as_mut_ptr());
     unsafe {
         let mut sum = [[A::Lanes::zero(); R]; C];
         for s in 0..steps {
+            if let Some(line) = ahead.get(s) {
+                A::Lanes::prefetch(*line);
+            }
             let mut held = [A::Lanes::zero(); R];
             for i in 0..R {
                 held[i] = A::Lanes::load_f32(w.add((i * steps + s) * LANES));
@@ -249,8 +252,8 @@ mod x86 {
                 unsafe { pack::<$arithmetic, W>(rows, words) }
             }
             #[target_feature(enable = $features)]
-            pub(super) unsafe fn $multiply(width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize) {
-                unsafe { tiles::<$arithmetic, $rows>(width, w, x, sums, stride) }
+            pub(super) unsafe fn $multiply(width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
+                unsafe { tiles::<$arithmetic, $rows>(width, w, x, sums, stride, ahead) }
             }
         };
     }
