@@ -49,6 +49,16 @@ pub(crate) enum Row<'a> {
     Bf16(&'a [bf16]),
 }
 
+impl Row<'_> {
+    pub(crate) fn as_ptr(self) -> *const u8 {
+        match self {
+            Self::F32(row) => row.as_ptr().cast(),
+            Self::F16(row) => row.as_ptr().cast(),
+            Self::Bf16(row) => row.as_ptr().cast(),
+        }
+    }
+}
+
 #[derive(Clone)]
 enum Storage {
     Owned(Arc<Vec<f32>>),

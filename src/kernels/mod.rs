@@ -3,6 +3,7 @@
 //! Each works on one row; [`crate::backend::cpu`] spreads rows, heads and outputs over threads.
 
 pub(crate) mod attend;
+pub(crate) mod fast;
 pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod matrix;
