@@ -1,7 +1,9 @@
 //! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks a step.
 
+mod cache;
 mod lower;
 mod sweep;
+mod weights;
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -13,33 +15,15 @@ use crate::error::{Error, Result};
 use crate::kernels::attend::{KvShape, attend, store_kv};
 use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
 use crate::kernels::pool::{Pool, Scatter, for_each};
-use crate::kernels::product::Weights;
 use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
-use crate::plan::{Buf, Op, Plan, SegmentId, Weight, WeightShape};
+use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
 use lower::{Step, lower};
 use sweep::Sweep;
+use weights::{Held, hold};
 
 /// Below this many multiplications an op is not worth spreading over threads.
 const SMALL: usize = 1 << 15;
-
-/// A weight as a rank holds it.
-enum Held {
-    Vector(Vec<f32>),
-    Matrix(Weights),
-}
-
-impl Held {
-    fn vector(&self) -> &[f32] {
-        let Self::Vector(v) = self else { unreachable!("the plan says which weights are vectors") };
-        v
-    }
-
-    fn matrix(&self) -> &Weights {
-        let Self::Matrix(m) = self else { unreachable!("the plan says which weights are matrices") };
-        m
-    }
-}
 
 /// One activation of one rank (or of all, where shared): `[rows, width]`, as many rows as the batch has.
 #[derive(Default)]
@@ -80,18 +64,7 @@ impl CpuPlace {
     pub(crate) fn new(assignment: &Assignment<'_>, threads: &Threads) -> Result<Self> {
         let Assignment { plan, config, partition, ranks, .. } = assignment;
         let parts: Vec<_> = ranks.iter().map(|&r| partition.ranks[r].clone()).collect();
-        let hold = |i: usize, rank: usize| -> Result<Held> {
-            let slice = assignment.weight(crate::plan::Weight(i), rank)?;
-            Ok(match plan.weights[i].shape {
-                WeightShape::Matrix { .. } => Held::Matrix(Weights::Stored(slice)),
-                WeightShape::Vector => {
-                    let mut v = vec![0.0; slice.cols()];
-                    slice.row_to_f32(0, &mut v);
-                    Held::Vector(v)
-                }
-            })
-        };
-        let weights = (0..plan.weights.len()).map(|i| ranks.iter().map(|&r| hold(i, r)).collect()).collect::<Result<Vec<Vec<_>>>>()?;
+        let weights = threads.pool.enter(|| hold(assignment))?;
         let bufs = plan
             .bufs
             .iter()
@@ -353,11 +326,8 @@ impl Place for CpuPlace {
     }
 
     fn weight_bytes(&self) -> Vec<u64> {
-        let bytes = |held: &Held| match held {
-            Held::Vector(v) => size_of_val(&v[..]) as u64,
-            Held::Matrix(m) => m.bytes() as u64,
-        };
-        (0..self.ranks.len()).map(|rank| self.weights.iter().map(|by_rank| bytes(&by_rank[rank])).sum()).collect()
+        let bytes = |rank: usize| self.weights.iter().map(|by_rank| by_rank[rank].bytes() as u64).sum();
+        (0..self.ranks.len()).map(bytes).collect()
     }
 }
 

@@ -59,7 +59,7 @@ impl TensorParallelMistral {
         let world = config.tensor.world_size;
         let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * world];
-        Self::on(params, &config, stages, &devices)
+        Self::on(params, &config, stages, &devices, &|_, _| {})
     }
 
     /// Loads rank i onto `devices[i]`. The list may mix GPUs of any vendor and the CPU, and may name a device several times: those
@@ -77,9 +77,23 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::load_on_gpus`]; a list that the stages don't divide; shares that don't fit.
     pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        Self::load_grid_with_progress(params, config, devices, |_, _| {})
+    }
+
+    /// [`Self::load_grid`] that tells how far it is: while matrices are quantised, `progress(done, all)` hears from any thread how many bytes
+    /// of the checkpoint are done, and how many there are. Nothing else takes long enough to be told.
+    ///
+    /// # Errors
+    /// As [`Self::load_grid`].
+    pub fn load_grid_with_progress(
+        params: Parameters,
+        config: impl Into<ParallelConfig>,
+        devices: impl IntoIterator<Item = Device>,
+        progress: impl Fn(u64, u64) + Sync,
+    ) -> Result<Self> {
         let config = config.into();
         let devices: Vec<Device> = devices.into_iter().collect();
-        Self::on(params, &config, config.stages.unwrap_or(1), &devices)
+        Self::on(params, &config, config.stages.unwrap_or(1), &devices, &progress)
     }
 
     /// Loads rank `config.rank` only, on the CPU, and joins the other ranks through `collective`. Every member answers with full
@@ -100,7 +114,7 @@ impl TensorParallelMistral {
             let right = "use one stage where ranks are in several processes".into();
             return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
         }
-        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective)?;
+        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective, &|_, _| {})?;
         Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 }
@@ -115,7 +129,7 @@ impl PipelineParallelMistral {
         config.validate(params.config())?;
         let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * config.tensor.world_size];
-        Self::on(params, &config, stages, &devices)
+        Self::on(params, &config, stages, &devices, &|_, _| {})
     }
 
     /// Loads stage i onto `devices[i]`, each on a thread of its own. The list may mix GPUs of any vendor and the CPU, and may name a
@@ -134,18 +148,24 @@ impl PipelineParallelMistral {
     pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
         let config = config.into();
         let devices: Vec<Device> = devices.into_iter().collect();
-        Self::on(params, &config, config.stages.unwrap_or(devices.len()), &devices)
+        Self::on(params, &config, config.stages.unwrap_or(devices.len()), &devices, &|_, _| {})
     }
 }
 
 impl<By> ParallelMistral<By> {
-    fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
+    fn on(
+        params: Parameters,
+        config: &ParallelConfig,
+        stages: usize,
+        devices: &[Device],
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self> {
         let world = ranks_per_stage(devices.len(), stages)?;
         let mut config = config.clone().stages(stages);
         config.tensor = TensorParallelConfig::new(world, 0);
         config.validate(params.config())?;
         let local: Vec<usize> = (0..world).collect();
-        let grid = Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))?;
+        let grid = Grid::load(params, &config, stages, &local, devices, Arc::new(Alone), progress)?;
         Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 

@@ -4,9 +4,6 @@
 //! with f32 activations, [`fast`] with int8 ones. In both the lanes of a vector are the 16 rows of a tile, so that no sum is ever
 //! taken across lanes.
 
-// Until a backend calls it.
-#![allow(dead_code, unused_imports)]
-
 mod encode;
 mod exact;
 mod fast;
@@ -27,6 +24,7 @@ use std::sync::OnceLock;
 
 pub(crate) use exact::packed_rows;
 pub(crate) use fast::packed_rows_int8;
+pub(crate) use format::BLOCK;
 pub use format::QuantFormat;
 pub(crate) use int8::Int8Rows;
 pub(crate) use packed::{Packed, TILE};

@@ -159,6 +159,7 @@ impl Model {
             config: &self.config,
             partition: &self.partition,
             tensor: &tensor,
+            packing: None,
         })
     }
 
