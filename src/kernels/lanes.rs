@@ -262,8 +262,8 @@ pub(crate) mod x86 {
                     [quarters[0][i], quarters[1][i]] = square[i];
                     [quarters[2][i], quarters[3][i]] = square[8 + i];
                 }
-                for i in 0..4 {
-                    transpose_8(&mut quarters[i]);
+                for quarter in &mut quarters {
+                    transpose_8(quarter);
                 }
                 for i in 0..8 {
                     square[i] = [quarters[0][i], quarters[2][i]];

@@ -150,7 +150,9 @@ impl<L: Lanes> Arithmetic for Products<L> {
     }
 }
 
+/// Transposes squares of 16 rows by 16 words.
 #[inline(always)]
+#[expect(clippy::needless_range_loop)] // all sides are indexed alike
 unsafe fn pack<A: Arithmetic, W: Element>(rows: [&[W]; LANES], words: &mut [u32]) {
     let n = rows[0].len();
     // The pointers below stay inside the rows because all have the same length.
@@ -203,6 +205,7 @@ unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32
     }
 }
 
+/// One word of all rows a step; of the lines `ahead` one is fetched a step.
 #[inline(always)]
 #[expect(clippy::needless_range_loop)] // all sides are indexed alike
 unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
