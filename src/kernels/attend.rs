@@ -82,6 +82,8 @@ fn dispatch<'p, E: Element + Pod>(isa: Isa, query: Query<'_>, page: impl Fn(usiz
             Isa::Avx512 => avx512::<E>(query, page, y),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::<E>(query, page, y),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => blocks::<[std::arch::aarch64::float32x4_t; 4], E>(query, page, y),
             Isa::Portable => blocks::<[f32; 16], E>(query, page, y),
         }
     }

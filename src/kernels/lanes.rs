@@ -170,7 +170,13 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> Self {
-            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
+            // One permutation instead of widening and shifting, which share the ports that permute.
+            unsafe {
+                let to_upper = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+                let to_upper = _mm512_slli_epi32::<16>(to_upper);
+                let values = _mm512_castsi256_si512(_mm256_loadu_si256(p.cast()));
+                _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaa_aaaa, to_upper, values))
+            }
         }
         #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {
@@ -256,8 +262,8 @@ pub(crate) mod x86 {
                     [quarters[0][i], quarters[1][i]] = square[i];
                     [quarters[2][i], quarters[3][i]] = square[8 + i];
                 }
-                for i in 0..4 {
-                    transpose_8(&mut quarters[i]);
+                for quarter in &mut quarters {
+                    transpose_8(quarter);
                 }
                 for i in 0..8 {
                     square[i] = [quarters[0][i], quarters[2][i]];
@@ -365,6 +371,68 @@ pub(crate) mod x86 {
                 let (low, high) = (v[i], v[i + 4]);
                 v[i] = _mm256_permute2f128_ps::<0x20>(low, high);
                 v[i + 4] = _mm256_permute2f128_ps::<0x31>(low, high);
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+
+    use half::{bf16, f16};
+
+    use super::Lanes;
+
+    /// NEON, which every aarch64 has.
+    impl Lanes for [float32x4_t; 4] {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self::splat(0.0) }
+        }
+        #[inline(always)]
+        unsafe fn splat(v: f32) -> Self {
+            unsafe { [vdupq_n_f32(v); 4] }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            for i in 0..4 {
+                unsafe { vst1q_f32(p.add(4 * i), self[i]) };
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f32(p: *const f32) -> Self {
+            unsafe { [vld1q_f32(p), vld1q_f32(p.add(4)), vld1q_f32(p.add(8)), vld1q_f32(p.add(12))] }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const f16) -> Self {
+            // Rust has no stable intrinsic for it.
+            unsafe { Self::load_f32(p.cast::<[f16; 16]>().read_unaligned().map(f16::to_f32).as_ptr()) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const bf16) -> Self {
+            unsafe {
+                let p = p.cast::<u16>();
+                let mut lanes = Self::zero();
+                for i in 0..4 {
+                    lanes[i] = vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.add(4 * i))));
+                }
+                lanes
+            }
+        }
+        #[inline(always)]
+        unsafe fn fma(mut self, a: Self, b: Self) -> Self {
+            for i in 0..4 {
+                self[i] = unsafe { vfmaq_f32(self[i], a[i], b[i]) };
+            }
+            self
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe {
+                let four = vaddq_f32(vaddq_f32(self[0], self[2]), vaddq_f32(self[1], self[3]));
+                let two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+                vget_lane_f32::<0>(two) + vget_lane_f32::<1>(two)
             }
         }
     }

@@ -27,6 +27,8 @@ pub(crate) enum Isa {
     Avx512,
     #[cfg(target_arch = "x86_64")]
     Avx2,
+    #[cfg(target_arch = "aarch64")]
+    Neon,
     Portable,
 }
 
@@ -36,13 +38,15 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512bw") {
                 found.push(Self::Avx512);
             }
             if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c") {
                 found.push(Self::Avx2);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        found.push(Self::Neon);
         found.push(Self::Portable);
         found
     }
@@ -101,6 +105,8 @@ fn dispatch<'w, W: Element + 'w>(
             Isa::Avx512 => avx512(row, rows, xs, put),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2(row, rows, xs, put),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => cover::<[std::arch::aarch64::float32x4_t; 4], W, 2, 2, 2, 2>(row, rows, xs, put),
             // Without registers of 16 lanes a larger tile only spills.
             Isa::Portable => cover::<[f32; 16], W, 1, 1, 1, 1>(row, rows, xs, put),
         }
@@ -109,7 +115,7 @@ fn dispatch<'w, W: Element + 'w>(
 
 #[cfg(target_arch = "x86_64")]
 // Without VL, halves of a vector live only in the first 16 registers, and the accumulators spill.
-#[target_feature(enable = "avx512f,avx512vl")]
+#[target_feature(enable = "avx512f,avx512vl,avx512bw")]
 unsafe fn avx512<'w, W: Element + 'w>(
     row: impl Fn(usize) -> &'w [W],
     rows: Range<usize>,
@@ -234,13 +240,18 @@ unsafe fn tile<L: Lanes, W: Element, const R: usize, const C: usize>(w: [&[W]; R
     unsafe {
         let mut sum = [[L::zero(); C]; R];
         // Loops and no closures: intrinsics would not be inlined through those.
-        for s in 0..n / LANES {
-            if (s * LANES * size_of::<W>()).is_multiple_of(64) {
-                for w in w {
-                    L::prefetch(w.as_ptr().add(s * LANES).wrapping_byte_add(ahead));
-                }
+        let (steps, in_line) = (n / LANES, 64 / (LANES * size_of::<W>()));
+        for line in (0..steps).step_by(in_line) {
+            for w in w {
+                L::prefetch(w.as_ptr().add(line * LANES).wrapping_byte_add(ahead));
             }
-            step(&mut sum, w.map(|w| w.as_ptr().add(s * LANES)), x.add(s * C * LANES));
+            if line + in_line <= steps {
+                for s in line..line + in_line {
+                    step(&mut sum, w.map(|w| w.as_ptr().add(s * LANES)), x.add(s * C * LANES));
+                }
+            } else {
+                step(&mut sum, w.map(|w| w.as_ptr().add(line * LANES)), x.add(line * C * LANES));
+            }
         }
         if !n.is_multiple_of(LANES) {
             // Zeros beyond the end add nothing.

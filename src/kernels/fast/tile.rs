@@ -60,6 +60,15 @@ impl Kernel {
         }
     }
 
+    /// Fewest activation rows that repay the packing, by measurement.
+    pub(super) fn fewest(self) -> usize {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Products(Isa::Avx512) => 48,
+            _ => 12,
+        }
+    }
+
     /// Columns `k` of 16 weight rows in words, `[steps, 16]`.
     pub(super) fn pack(self, rows: [Row<'_>; LANES], k: Range<usize>, words: &mut [u32]) {
         assert_eq!(words.len(), k.len().div_ceil(self.elements()) * LANES, "a word a step and row");
@@ -80,6 +89,8 @@ impl Kernel {
                 Self::Products(Isa::Avx512) => x86::pack_avx512(rows, words),
                 #[cfg(target_arch = "x86_64")]
                 Self::Products(Isa::Avx2) => x86::pack_avx2(rows, words),
+                #[cfg(target_arch = "aarch64")]
+                Self::Products(Isa::Neon) => pack::<Products<[std::arch::aarch64::float32x4_t; 4]>, W>(rows, words),
                 Self::Products(Isa::Portable) => pack::<Products<[f32; 16]>, W>(rows, words),
             }
         }
@@ -98,6 +109,8 @@ impl Kernel {
                 Self::Products(Isa::Avx512) => x86::multiply_avx512(width, w, x, sums, stride, ahead),
                 #[cfg(target_arch = "x86_64")]
                 Self::Products(Isa::Avx2) => x86::multiply_avx2(width, w, x, sums, stride, ahead),
+                #[cfg(target_arch = "aarch64")]
+                Self::Products(Isa::Neon) => tiles::<Products<[std::arch::aarch64::float32x4_t; 4]>, 1>(width, w, x, sums, stride, ahead),
                 Self::Products(Isa::Portable) => tiles::<Products<[f32; 16]>, 1>(width, w, x, sums, stride, ahead),
             }
         }
@@ -137,7 +150,9 @@ impl<L: Lanes> Arithmetic for Products<L> {
     }
 }
 
+/// Transposes squares of 16 rows by 16 words.
 #[inline(always)]
+#[expect(clippy::needless_range_loop)] // all sides are indexed alike
 unsafe fn pack<A: Arithmetic, W: Element>(rows: [&[W]; LANES], words: &mut [u32]) {
     let n = rows[0].len();
     // The pointers below stay inside the rows because all have the same length.
@@ -177,7 +192,6 @@ unsafe fn pack<A: Arithmetic, W: Element>(rows: [&[W]; LANES], words: &mut [u32]
 unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
     unsafe {
         match width {
-            4 => tile::<A, R, 4>(w, x, sums, stride, ahead),
             5 => tile::<A, R, 5>(w, x, sums, stride, ahead),
             6 => tile::<A, R, 6>(w, x, sums, stride, ahead),
             7 => tile::<A, R, 7>(w, x, sums, stride, ahead),
@@ -191,6 +205,7 @@ unsafe fn tiles<A: Arithmetic, const R: usize>(width: usize, w: &[u32], x: &[u32
     }
 }
 
+/// One word of all rows a step; of the lines `ahead` one is fetched a step.
 #[inline(always)]
 #[expect(clippy::needless_range_loop)] // all sides are indexed alike
 unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u32], sums: &mut [f32], stride: usize, ahead: &[*const u8]) {
@@ -257,7 +272,7 @@ mod x86 {
             }
         };
     }
-    entries!("avx512f,avx512vl", Products<__m512>, 2, pack_avx512, multiply_avx512);
-    entries!("avx512f,avx512vl,avx512bf16", Pairs, 2, pack_pairs, multiply_pairs);
+    entries!("avx512f,avx512vl,avx512bw", Products<__m512>, 2, pack_avx512, multiply_avx512);
+    entries!("avx512f,avx512vl,avx512bw,avx512bf16", Pairs, 2, pack_pairs, multiply_pairs);
     entries!("avx2,fma,f16c", Products<[__m256; 2]>, 1, pack_avx2, multiply_avx2);
 }
