@@ -176,26 +176,15 @@ kernels!(avx2, [std::arch::x86_64::__m256; 2], [2, 4], "avx2,fma,f16c");
 kernels!(neon, super::neon::Neon, [2, 4], "neon,fp16");
 kernels!(portable, [f32; 16], [2, 4]);
 
-/// What column k of a block is in [`columns`]' vectors: the 8-bit ones hold 4 columns, the 4-bit ones 4 and 4 that are 16 further on.
+/// Columns 4g..4g+4 of the block at `p`.
 #[inline(always)]
-unsafe fn columns<V: Vectors, const NIBBLES: bool>(p: *const u8, levels: V) -> [V; BLOCK] {
+unsafe fn columns<V: Vectors, const NIBBLES: bool>(p: *const u8, g: usize, levels: V) -> [V; 4] {
     unsafe {
-        let mut out = [V::zero(); BLOCK];
-        for g in 0..if NIBBLES { 4 } else { 8 } {
-            if NIBBLES {
-                let eight = V::columns_4(p.add(64 * g), levels);
-                for j in 0..4 {
-                    out[4 * g + j] = eight[j];
-                    out[16 + 4 * g + j] = eight[4 + j];
-                }
-            } else {
-                let four = V::columns(p.add(64 * g));
-                for j in 0..4 {
-                    out[4 * g + j] = four[j];
-                }
-            }
+        match (NIBBLES, g) {
+            (false, _) => V::columns(p.add(64 * g)),
+            (true, 0..4) => V::columns_4::<false>(p.add(64 * g), levels),
+            (true, _) => V::columns_4::<true>(p.add(64 * (g - 4)), levels),
         }
-        out
     }
 }
 
@@ -217,10 +206,12 @@ unsafe fn single<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f
         for b in 0..tile.blocks {
             tile.prefetch::<V>(b);
             let x = x.as_ptr().add(b * BLOCK);
-            let w = columns::<V, NIBBLES>(tile.quants(b), levels);
             let mut s = [V::zero(); 4];
-            for k in 0..BLOCK {
-                s[k % 4] = s[k % 4].fma(w[k], V::splat(*x.add(k)));
+            for g in 0..8 {
+                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
+                for j in 0..4 {
+                    s[j] = s[j].fma(w[j], V::splat(*x.add(4 * g + j)));
+                }
             }
             total = total.fma(sum(s), V::load_f16(tile.scales(b)));
         }
@@ -237,9 +228,11 @@ unsafe fn decode<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Ran
         let levels = V::load_f32(levels.as_ptr());
         for (b, out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
             tile.prefetch::<V>(b);
-            let w = columns::<V, NIBBLES>(tile.quants(b), levels);
-            for k in 0..BLOCK {
-                w[k].store(out[k].as_mut_ptr());
+            for g in 0..8 {
+                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
+                for j in 0..4 {
+                    w[j].store(out[4 * g + j].as_mut_ptr());
+                }
             }
         }
     }

@@ -22,6 +22,8 @@ struct Job<'a> {
     levels: &'a [i8; 16],
     values: &'a [[i8; BLOCK]],
     measures: &'a [Measure],
+    /// The tile is not in a cache yet.
+    fetch: bool,
 }
 
 type Kernel = unsafe fn(&Job<'_>, &mut [[f32; TILE]; GROUP]);
@@ -48,7 +50,7 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
             for group in first_group..groups.min(first_group + pass) {
                 let (count, width, values, measures) = x.group(group);
                 let levels = w.format().codebook();
-                let job = Job { tile, levels: levels.unwrap_or(&[0; 16]), values, measures };
+                let job = Job { tile, levels: levels.unwrap_or(&[0; 16]), values, measures, fetch: group == first_group };
                 let mut totals = [[0.0; TILE]; GROUP];
                 let kernel = if levels.is_some() { kernel_of::<true>(isa, width) } else { kernel_of::<false>(isa, width) };
                 // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
@@ -107,7 +109,7 @@ unsafe fn neon<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut 
 /// The dot products of the tile's rows with C activation rows.
 #[inline(always)]
 unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    let Job { tile, levels, values, measures } = job;
+    let Job { tile, levels, values, measures, fetch } = job;
     assert!(values.len() == tile.blocks * C && measures.len() == tile.blocks * C);
     let (x, measures) = (values.as_ptr(), measures.as_ptr());
     unsafe {
@@ -116,8 +118,7 @@ unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, t
         for b in 0..tile.blocks {
             let w = block::<V, NIBBLES>(tile.quants(b), levels);
             let d = V::load_f16(tile.scales(b));
-            // So much is computed a byte with more rows that the hardware's own prefetching will do.
-            if C <= 4 {
+            if *fetch {
                 tile.prefetch::<V>(b);
             }
             // Four rows at once hide the instructions' latency.

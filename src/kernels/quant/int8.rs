@@ -1,5 +1,6 @@
 //! [`Int8Rows`]: activations as the integer kernels take them.
 
+use super::Isa;
 use super::format::BLOCK;
 use crate::kernels::pool::{Scatter, for_each};
 
@@ -47,11 +48,11 @@ impl Int8Rows {
             // SAFETY: a group's places are one task's.
             let (values, measures) =
                 unsafe { (to_values.range(first..first + blocks * width), to_measures.range(first..first + blocks * width)) };
-            for (i, x) in xs.iter().enumerate() {
-                for b in 0..blocks {
-                    let at = b * width + i;
-                    (values[at], measures[at]) = block(&block_of(x, lead, b));
-                }
+            match Isa::best() {
+                // SAFETY: the CPU has AVX2.
+                #[cfg(target_arch = "x86_64")]
+                Isa::Vnni | Isa::Avx512 | Isa::Avx2 => unsafe { fill_avx2(xs, lead, values, measures) },
+                _ => fill(xs, lead, values, measures),
             }
         });
         Self { rows: xs.len(), cols, lead, values, measures }
@@ -75,6 +76,23 @@ impl Int8Rows {
         let rows = GROUP.min(self.rows - i * GROUP);
         let (first, width) = (i * GROUP * blocks, width(rows));
         (rows, width, &self.values[first..][..blocks * width], &self.measures[first..][..blocks * width])
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn fill_avx2(xs: &[&[f32]], lead: usize, values: &mut [[i8; BLOCK]], measures: &mut [Measure]) {
+    fill(xs, lead, values, measures);
+}
+
+/// Writes a group, of which `xs` are the rows that aren't zero.
+#[inline(always)]
+fn fill(xs: &[&[f32]], lead: usize, values: &mut [[i8; BLOCK]], measures: &mut [Measure]) {
+    let width = width(xs.len());
+    for (i, x) in xs.iter().enumerate() {
+        for (b, at) in (i..values.len()).step_by(width).enumerate() {
+            (values[at], measures[at]) = block(&block_of(x, lead, b));
+        }
     }
 }
 
@@ -109,12 +127,6 @@ fn block(x: &[f32; BLOCK]) -> ([i8; BLOCK], Measure) {
     let inverse = 127.0 / amax;
     // Adding 1.5 * 2^23 rounds to an integer, ties to even, in the lowest bits: the same everywhere, and it vectorises.
     const ROUND: f32 = 12_582_912.0;
-    let mut values = [0; BLOCK];
-    let mut sum = 0;
-    for (to, x) in values.iter_mut().zip(x) {
-        let v = (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32;
-        *to = v as i8;
-        sum += v;
-    }
-    (values, Measure { scale: amax / 127.0, correction: -128 * sum })
+    let values = x.map(|x| (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32);
+    (values.map(|v| v as i8), Measure { scale: amax / 127.0, correction: -128 * values.iter().sum::<i32>() })
 }

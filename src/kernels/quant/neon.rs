@@ -11,6 +11,14 @@ use crate::kernels::lanes::Lanes;
 #[derive(Clone, Copy)]
 pub(super) struct Neon([float32x4_t; 4]);
 
+impl Neon {
+    #[inline(always)]
+    fn to_array(self) -> [f32; 16] {
+        // SAFETY: both are 64 bytes of f32.
+        unsafe { std::mem::transmute(self.0) }
+    }
+}
+
 impl Lanes for Neon {
     #[inline(always)]
     unsafe fn zero() -> Self {
@@ -51,11 +59,7 @@ impl Lanes for Neon {
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
-        unsafe {
-            let mut lanes = [0.0; 16];
-            self.store(lanes.as_mut_ptr());
-            lanes.sum()
-        }
+        unsafe { self.to_array().sum() }
     }
 }
 
@@ -110,18 +114,29 @@ impl Vectors for Neon {
         unsafe { Self([vcvtq_f32_s32(sums[0]), vcvtq_f32_s32(sums[1]), vcvtq_f32_s32(sums[2]), vcvtq_f32_s32(sums[3])]) }
     }
     #[inline(always)]
+    unsafe fn to_ints(sums: [int32x4_t; 4]) -> [i32; 16] {
+        // SAFETY: both are 64 bytes of integers.
+        unsafe { std::mem::transmute(sums) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Self, index: [int32x4_t; 4]) -> Self {
+        unsafe { Self::load_f32(<[f32; 16]>::look_up(table.to_array(), Self::to_ints(index)).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn raise(self, index: [int32x4_t; 4], by: i32, table: Self) -> [int32x4_t; 4] {
+        // SAFETY: both are 64 bytes of integers.
+        unsafe { std::mem::transmute(self.to_array().raise(Self::to_ints(index), by, table.to_array())) }
+    }
+    #[inline(always)]
     unsafe fn columns(p: *const u8) -> [Self; 4] {
         unsafe { columns(Self::quants(p)) }
     }
     #[inline(always)]
-    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+    unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
             // All levels are small integers.
-            let mut values = [0.0; 16];
-            levels.store(values.as_mut_ptr());
-            let [low, high] = Self::quants_4(p, Self::levels(&values.map(|v| v as i8)));
-            let ([a, b, c, d], [e, f, g, h]) = (columns(low), columns(high));
-            [a, b, c, d, e, f, g, h]
+            let halves = Self::quants_4(p, Self::levels(&levels.to_array().map(|v| v as i8)));
+            columns(halves[usize::from(HIGH)])
         }
     }
 }

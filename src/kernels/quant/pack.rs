@@ -9,7 +9,8 @@ use super::Isa;
 use super::encode::{Stored, encode};
 use super::format::{BLOCK, QuantFormat};
 use super::packed::{Packed, Shape, TILE};
-use crate::kernels::lanes::{Element, Lanes};
+use super::vectors::Vectors;
+use crate::kernels::lanes::Element;
 use crate::kernels::matrix::{Matrix, Row};
 use crate::kernels::pool::{Scatter, for_each};
 
@@ -80,20 +81,20 @@ unsafe fn avx2(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8
 
 /// Writes the tile of these rows, of which there may be fewer than 16: the others keep the zeros of new memory as their scales.
 #[inline(always)]
-unsafe fn fill<L: Lanes>(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
+unsafe fn fill<V: Vectors>(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
     for (r, row) in rows.enumerate() {
         unsafe {
             match source.row(row) {
-                Row::F32(values) => fill_row::<L, _>(values, r, shape, tile),
-                Row::F16(values) => fill_row::<L, _>(values, r, shape, tile),
-                Row::Bf16(values) => fill_row::<L, _>(values, r, shape, tile),
+                Row::F32(values) => fill_row::<V, _>(values, r, shape, tile),
+                Row::F16(values) => fill_row::<V, _>(values, r, shape, tile),
+                Row::Bf16(values) => fill_row::<V, _>(values, r, shape, tile),
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn fill_row<L: Lanes, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
+unsafe fn fill_row<V: Vectors, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
     let (quants, scales) = tile.split_at_mut(shape.quants());
     let (whole, tail) = values.as_chunks::<BLOCK>();
     let mut last = [W::default(); BLOCK];
@@ -103,10 +104,10 @@ unsafe fn fill_row<L: Lanes, W: Element>(values: &[W], r: usize, shape: Shape, t
         let values = whole.get(b).unwrap_or(&last);
         let mut x = [0.0f32; BLOCK];
         unsafe {
-            W::load::<L>(values.as_ptr()).store(x.as_mut_ptr());
-            W::load::<L>(values.as_ptr().add(16)).store(x.as_mut_ptr().add(16));
+            W::load::<V>(values.as_ptr()).store(x.as_mut_ptr());
+            W::load::<V>(values.as_ptr().add(16)).store(x.as_mut_ptr().add(16));
         }
-        let (scale, stored) = encode(shape.format, &x);
+        let (scale, stored) = unsafe { encode::<V>(shape.format, &x) };
         scales[2 * r..2 * r + 2].copy_from_slice(&scale.to_ne_bytes());
         lay_out(&stored, quants, r);
     }

@@ -118,8 +118,8 @@ fn every_instruction_set_stores_what_the_definitions_say_from_every_dtype() {
         for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
             let w = quantise(isa, &whole, 0..rows, 0..cols, format);
             for r in 0..rows {
-                let blocks = floats[r * cols..][..cols].chunks(BLOCK);
-                let want: Vec<f32> = blocks.flat_map(|x| defined(format, x)).take(cols).collect();
+                let filled = [&floats[r * cols..][..cols], &[0.0; BLOCK]].concat();
+                let want: Vec<f32> = filled.chunks_exact(BLOCK).flat_map(|x| defined(format, x)).take(cols).collect();
                 assert_eq!(row(&w, r), want, "{isa:?} {whole:?} row {r} as {format:?}");
             }
         }
@@ -286,7 +286,7 @@ fn defined(format: QuantFormat, x: &[f32]) -> Vec<f32> {
     match format {
         QuantFormat::Q8_0 => {
             let d = max.abs() / 127.0;
-            x.iter().map(|x| (x * (1.0 / d)).round() * half(d)).collect()
+            x.iter().map(|x| (x * (1.0 / d)).round_ties_even() * half(d)).collect()
         }
         QuantFormat::Q4_0 => {
             let d = max / -8.0;
@@ -297,11 +297,12 @@ fn defined(format: QuantFormat, x: &[f32]) -> Vec<f32> {
             // Of two as near, the upper one.
             let far = |level: i8, v: f32| (f32::from(level) - v).abs();
             let nearest = |v: f32| f32::from(*levels.iter().rev().min_by(|a, b| far(**a, v).total_cmp(&far(**b, v))).unwrap());
-            // The best scale of those that the candidates lead to, by the error that it leaves, weighted by the square.
+            // The best scale of those that the candidates lead to, by the weighted error that it leaves.
+            let mean = x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / BLOCK as f64;
             let scales = super::encode::TARGETS.map(|target| {
                 let chosen = || x.iter().map(|x| (f64::from(*x), f64::from(nearest(x * (1.0 / max) * target))));
-                let products: f64 = chosen().map(|(x, q)| x * x * q * x).sum();
-                let squares: f64 = chosen().map(|(x, q)| x * x * q * q).sum();
+                let products: f64 = chosen().map(|(x, q)| (x * x + mean) * q * x).sum();
+                let squares: f64 = chosen().map(|(x, q)| (x * x + mean) * q * q).sum();
                 (products * products / squares, products / squares)
             });
             let d = scales.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap().1;

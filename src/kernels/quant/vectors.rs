@@ -39,17 +39,30 @@ pub(super) trait Vectors: Lanes {
     /// # Safety
     /// As [`Vectors::levels`].
     unsafe fn to_f32(sums: Self::Sums) -> Self;
+    /// # Safety
+    /// As [`Vectors::levels`].
+    unsafe fn to_ints(sums: Self::Sums) -> [i32; 16];
+    /// `table[index]` of each lane.
+    ///
+    /// # Safety
+    /// The indices are below 16, here and below.
+    unsafe fn look_up(table: Self, index: Self::Sums) -> Self;
+    /// The indices, raised by `by` where that finds an element of `table` that is not above `self`.
+    ///
+    /// # Safety
+    /// As [`Vectors::look_up`], of the raised indices.
+    unsafe fn raise(self, index: Self::Sums, by: i32, table: Self) -> Self::Sums;
 
     /// The 4 columns of a vector of 8-bit values.
     ///
     /// # Safety
     /// As [`Vectors::quants`].
     unsafe fn columns(p: *const u8) -> [Self; 4];
-    /// The 4 columns in the low halves of a vector of 4-bit values, then those in the high ones.
+    /// The 4 columns in the low or the high halves of a vector of 4-bit values.
     ///
     /// # Safety
     /// As [`Vectors::quants`].
-    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8];
+    unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4];
 }
 
 /// Any CPU.
@@ -91,17 +104,32 @@ impl Vectors for [f32; 16] {
         sums.map(|s| s as f32)
     }
     #[inline(always)]
+    unsafe fn to_ints(sums: [i32; 16]) -> [i32; 16] {
+        sums
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Self, index: [i32; 16]) -> Self {
+        index.map(|i| table[i as usize])
+    }
+    #[inline(always)]
+    unsafe fn raise(self, mut index: [i32; 16], by: i32, table: Self) -> [i32; 16] {
+        for (index, v) in index.iter_mut().zip(self) {
+            *index += if v >= table[(*index + by) as usize] { by } else { 0 };
+        }
+        index
+    }
+    #[inline(always)]
     unsafe fn columns(p: *const u8) -> [Self; 4] {
         let quants = unsafe { Self::quants(p) };
         std::array::from_fn(|j| std::array::from_fn(|r| f32::from(quants[4 * r + j])))
     }
     #[inline(always)]
-    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+    unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         let both = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
-        std::array::from_fn(|i| {
+        std::array::from_fn(|j| {
             std::array::from_fn(|r| {
-                let q = both[4 * r + i % 4];
-                levels[usize::from(if i < 4 { q & 15 } else { q >> 4 })]
+                let q = both[4 * r + j];
+                levels[usize::from(if HIGH { q >> 4 } else { q & 15 })]
             })
         })
     }

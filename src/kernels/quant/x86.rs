@@ -45,6 +45,23 @@ impl Vectors for __m512 {
         unsafe { _mm512_cvtepi32_ps(sums) }
     }
     #[inline(always)]
+    unsafe fn to_ints(sums: __m512i) -> [i32; 16] {
+        // SAFETY: both are 64 bytes of integers.
+        unsafe { std::mem::transmute(sums) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Self, index: __m512i) -> Self {
+        unsafe { _mm512_permutexvar_ps(index, table) }
+    }
+    #[inline(always)]
+    unsafe fn raise(self, index: __m512i, by: i32, table: Self) -> __m512i {
+        unsafe {
+            let raised = _mm512_add_epi32(index, _mm512_set1_epi32(by));
+            let passes = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self, _mm512_permutexvar_ps(raised, table));
+            _mm512_mask_mov_epi32(index, passes, raised)
+        }
+    }
+    #[inline(always)]
     unsafe fn columns(p: *const u8) -> [Self; 4] {
         unsafe {
             let four = _mm512_loadu_si512(p.cast());
@@ -52,19 +69,16 @@ impl Vectors for __m512 {
         }
     }
     #[inline(always)]
-    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+    unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
+            let both = _mm512_loadu_si512(p.cast());
+            let all = if HIGH { _mm512_srli_epi32::<4>(both) } else { both };
             // The permutation looks at the lowest 4 bits alone.
-            let all = _mm512_loadu_si512(p.cast());
             [
                 _mm512_permutexvar_ps(all, levels),
                 _mm512_permutexvar_ps(_mm512_srli_epi32::<8>(all), levels),
                 _mm512_permutexvar_ps(_mm512_srli_epi32::<16>(all), levels),
                 _mm512_permutexvar_ps(_mm512_srli_epi32::<24>(all), levels),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(all), levels),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<12>(all), levels),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<20>(all), levels),
-                _mm512_permutexvar_ps(_mm512_srli_epi32::<28>(all), levels),
             ]
         }
     }
@@ -126,6 +140,28 @@ impl Vectors for [__m256; 2] {
         unsafe { [_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])] }
     }
     #[inline(always)]
+    unsafe fn to_ints(sums: [__m256i; 2]) -> [i32; 16] {
+        // SAFETY: both are 64 bytes of integers.
+        unsafe { std::mem::transmute(sums) }
+    }
+    #[inline(always)]
+    unsafe fn look_up(table: Self, index: [__m256i; 2]) -> Self {
+        unsafe { [nibble(table, index[0]), nibble(table, index[1])] }
+    }
+    #[inline(always)]
+    unsafe fn raise(self, index: [__m256i; 2], by: i32, table: Self) -> [__m256i; 2] {
+        unsafe {
+            let by = _mm256_set1_epi32(by);
+            let mut out = index;
+            for half in 0..2 {
+                let raised = _mm256_add_epi32(index[half], by);
+                let passes = _mm256_cmp_ps::<_CMP_GE_OQ>(self[half], nibble(table, raised));
+                out[half] = _mm256_add_epi32(index[half], _mm256_and_si256(_mm256_castps_si256(passes), by));
+            }
+            out
+        }
+    }
+    #[inline(always)]
     unsafe fn columns(p: *const u8) -> [Self; 4] {
         unsafe {
             let q = Self::quants(p);
@@ -141,19 +177,16 @@ impl Vectors for [__m256; 2] {
         }
     }
     #[inline(always)]
-    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+    unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
-            let mut out = [Self::zero(); 8];
+            let mut out = [Self::zero(); 4];
             for half in 0..2 {
-                let all = _mm256_loadu_si256(p.add(32 * half).cast());
+                let both = _mm256_loadu_si256(p.add(32 * half).cast());
+                let all = if HIGH { _mm256_srli_epi32::<4>(both) } else { both };
                 out[0][half] = nibble(levels, all);
                 out[1][half] = nibble(levels, _mm256_srli_epi32::<8>(all));
                 out[2][half] = nibble(levels, _mm256_srli_epi32::<16>(all));
                 out[3][half] = nibble(levels, _mm256_srli_epi32::<24>(all));
-                out[4][half] = nibble(levels, _mm256_srli_epi32::<4>(all));
-                out[5][half] = nibble(levels, _mm256_srli_epi32::<12>(all));
-                out[6][half] = nibble(levels, _mm256_srli_epi32::<20>(all));
-                out[7][half] = nibble(levels, _mm256_srli_epi32::<28>(all));
             }
             out
         }
