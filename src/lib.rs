@@ -53,7 +53,7 @@ pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use device::{Device, DeviceKind, DeviceLimits, devices};
 pub use error::{Error, Result};
-pub use generate::{FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
+pub use generate::{DraftCounts, FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,

@@ -232,6 +232,34 @@ impl<By> ParallelMistral<By> {
         Ok(logits.concat())
     }
 
+    /// [`Self::prefill_logits`] with the numerics of [`Self::fast_forward`].
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_prefill_logits(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.prefill_logits(state, tokens)
+    }
+
+    /// Computes a token and a draft of what may follow it as the rows of one launch; answers with the logits after each: `[tokens,
+    /// vocab_size]`, on CPUs with the bits of [`Self::forward`]. What turns out to be wrong of the draft is taken back by
+    /// [`InferenceState::truncate`], and nothing is computed again for it, under a sliding window neither.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        let how = How { batches: Some(1), drafted: tokens.len().saturating_sub(1), ..How::new(Want::All) };
+        Ok(self.grid.advance(&mut [state], &[tokens], how)?.concat())
+    }
+
+    /// [`Self::forward_draft`] with the numerics of [`Self::fast_forward`]: logits of several rows may differ from those of one by
+    /// their rounding.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.forward_draft(state, tokens)
+    }
+
     /// Computes one token of each of several sequences, of any lengths, in one launch that reads every weight once (on several stages, in
     /// up to as many as there are micro-batches; more where there are above 64 sequences or caches of both types). Each advances by its token, and its logits land in its state: on CPUs the bits of
     /// [`Self::forward`] on each alone. All or nothing: after an error all are as before.
