@@ -41,6 +41,7 @@ mod kernels;
 mod model;
 mod params;
 mod partition;
+mod perplexity;
 mod plan;
 mod sampler;
 mod scheduler;
@@ -53,7 +54,7 @@ pub use collective::{Alone, Collective};
 pub use config::Config;
 pub use device::{Device, DeviceKind, DeviceLimits, devices};
 pub use error::{Error, Result};
-pub use generate::{FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
+pub use generate::{DraftCounts, FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,
@@ -67,6 +68,7 @@ pub use model::pipeline::{PipelineConfig, PipelineState};
 pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};
+pub use perplexity::{Score, score};
 pub use sampler::{Sampler, SamplerOptions};
 pub use scheduler::{Completion, Scheduler, SchedulerConfig, SchedulerCounts};
 pub use timeline::{Busy, Timeline};

@@ -118,6 +118,9 @@ fn wrong_usage_is_one_sentence_and_status_2() {
             ("generate --model {model} --prompt a --context 0", "--context"),
             ("generate --model {model} --prompt a --kv f64", "f64"),
             ("plan --model {model} --shares half", "half"),
+            ("generate --model {model} --prompt a --speculate 33", "0..=32"),
+            ("perplexity --model {model}", "--text"),
+            ("perplexity --model {model} --text {ids} --window 1 --devices cpu", "a window of 1 tokens scores nothing"),
             ("tokenize --model {model}", "--text"),
             ("tokenize --model {model} --text a --file b", "--file"),
             ("logits --model {model} --tokens {ids}", "--out"),
@@ -263,6 +266,87 @@ fn a_text_ends_where_it_is_told_to() {
     let context = run("--context 64");
     assert_eq!((context["ids"].as_array().unwrap().len(), &context["finish"]), (63, &json!("context")));
     assert_eq!(run("--max-tokens 0")["ids"], json!([]));
+}
+
+#[test]
+fn a_text_with_drafts_is_the_same_and_they_are_counted() {
+    let model = stories().display().to_string();
+    let text = "Tap, tap, tap! Tap, tap, tap! Tap, tap, tap! Tap, tap, tap! Tap,";
+    for temperature in ["0", "0.7"] {
+        let line = [
+            "generate",
+            "--model",
+            &model,
+            "--devices",
+            "cpu",
+            "--exact",
+            "--temperature",
+            temperature,
+            "--seed",
+            "4",
+            "--prompt",
+            text,
+            "--json",
+        ];
+        let [plain, drafted] = [&[][..], &["--speculate"]].map(|more| run(&[&line, more].concat()).json());
+        assert_eq!((&plain["ids"], &plain["text"]), (&drafted["ids"], &drafted["text"]));
+        let count = |of: &Value, name: &str| of[name].as_u64().unwrap();
+        let tokens = plain["ids"].as_array().unwrap().len() as u64;
+        assert_eq!((count(&plain, "drafted"), count(&plain, "launches")), (0, tokens));
+        assert!(count(&drafted, "drafted") > 0 && count(&drafted, "accepted") + count(&drafted, "launches") == tokens, "{drafted}");
+    }
+}
+
+#[test]
+fn a_perplexity_is_that_of_the_library_in_windows_of_any_size() {
+    let bench = Bench::new();
+    let text = std::fs::read_to_string(path("../data/held-out-stories.txt")).unwrap();
+    let text = &text[..3000];
+    let file = bench.file("text.txt", text).display().to_string();
+    let params = torchless::Parameters::load(stories()).unwrap();
+    let tokens = params.tokenizer().unwrap().encode_continuation(text).unwrap();
+    let model = torchless::TensorParallelMistral::load(params, torchless::TensorParallelConfig::default()).unwrap();
+    for window in [2, 64, 512] {
+        let mut wanted = torchless::Score::default();
+        for part in tokens.chunks(window - 1) {
+            let mut state = torchless::InferenceState::new(model.config());
+            wanted += torchless::score(&model, &mut state, &[&[1], part].concat(), false).unwrap();
+        }
+        let line = format!("perplexity --model {{model}} --devices cpu --text {file} --window {window} --json");
+        let found = bench.run(&line).json();
+        let number = |name: &str| found[name].as_f64().unwrap_or_else(|| panic!("{name} in {found}"));
+        assert!((number("perplexity") - wanted.perplexity()).abs() < 1e-9 * wanted.perplexity(), "{found} is not {wanted:?}");
+        assert!((number("nats_per_token") - wanted.nats_per_token()).abs() < 1e-9, "{found}");
+        assert!((number("bits_per_byte") - wanted.nats / std::f64::consts::LN_2 / 3000.0).abs() < 1e-9, "{found}");
+        assert_eq!((number("tokens_scored"), number("tokens")), (tokens.len() as f64, tokens.len() as f64));
+        assert_eq!((number("bytes"), number("windows")), (3000.0, tokens.len().div_ceil(window - 1) as f64));
+        assert!(number("tokens_per_s") > 0.0);
+    }
+    // By default a window is the model's context, or what --context leaves of it.
+    let line = format!("perplexity --model {{model}} --devices cpu,cpu --text {file}");
+    let table = bench.run(&format!("{line} --fast")).stdout;
+    assert!(table.contains("windows of 512") && table.contains("bits per byte"), "{table}");
+    assert_eq!(bench.run(&format!("{line} --context 128 --json")).json()["window"], 128);
+}
+
+#[test]
+fn a_text_that_cannot_be_scored_is_a_failure() {
+    let bench = Bench::new();
+    let [empty, latin] = [bench.file("empty.txt", ""), bench.file("latin.txt", b"caf\xe9")].map(|path| path.display().to_string());
+    for (text, more, words) in [
+        ("nowhere.txt", "", "cannot read nowhere.txt"),
+        ("{dir}", "", "cannot read"),
+        (&*empty, "", "has no token to score"),
+        (&*latin, "", "is not UTF-8"),
+        ("{ids}", "--window 513", "context of 512"),
+        ("{ids}", "--window 100 --context 64", "context of 64"),
+    ] {
+        let run = bench.run(&format!("perplexity --model {{model}} --devices cpu --text {text} {more}"));
+        assert!(run.status == 1 && run.stderr.contains(words) && run.stderr.matches('\n').count() == 1, "{text} {more}: {}", run.stderr);
+    }
+    // A single token is scored behind the model's <s>.
+    let one = bench.file("one.txt", "the").display().to_string();
+    assert_eq!(bench.run(&format!("perplexity --model {{model}} --devices cpu --text {one} --json")).json()["tokens_scored"], 1);
 }
 
 #[test]

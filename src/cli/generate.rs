@@ -55,6 +55,11 @@ pub struct Args {
     /// End before this text; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
+
+    /// Draft up to K tokens from what followed the same tokens earlier, and compute them in one launch; 7 without a number, 0 for none.
+    /// Pays where a text says things again. With --exact the text is the same
+    #[arg(long, value_name = "K", num_args = 0..=1, default_value = "0", default_missing_value = "7", value_parser = clap::value_parser!(u8).range(0..=32))]
+    speculate: u8,
 }
 
 impl Args {
@@ -84,7 +89,8 @@ pub fn run(args: &Args) -> Outcome {
 
     let fast = args.run.is_fast(true);
     let sampling = SamplerOptions { seed: Some(seed), ..args.sampling() };
-    let options = GenerateOptions { max_tokens: args.max_tokens, sampling, stop: args.stop.clone(), fast };
+    let options =
+        GenerateOptions { max_tokens: args.max_tokens, sampling, stop: args.stop.clone(), fast, speculate: usize::from(args.speculate) };
     let mut text = String::new();
     let mut show = |part: &str| {
         text += part;
@@ -96,8 +102,10 @@ pub fn run(args: &Args) -> Outcome {
     // With the first token, so that a failure before it is one sentence.
     let mut untold = args.seed.is_none() && !is_greedy && !args.grid.json;
     let start = Instant::now();
-    let tokens: Vec<Token> = args.run.run(&loaded, fast, |state| {
-        torchless::generate(&loaded.model, state, &prompt, options)
+    let (tokens, counts) = args.run.run(&loaded, fast, |state| {
+        let mut generation = torchless::generate(&loaded.model, state, &prompt, options);
+        let tokens = generation
+            .by_ref()
             .map(|token| {
                 let token = token?;
                 if std::mem::take(&mut untold) {
@@ -106,7 +114,8 @@ pub fn run(args: &Args) -> Outcome {
                 show(&token.text)?;
                 Ok(token)
             })
-            .collect()
+            .collect::<Outcome<Vec<Token>>>()?;
+        Ok((tokens, generation.counts()))
     })?;
     let seconds = start.elapsed().as_secs_f64();
     let finish = tokens.last().and_then(|token| token.finish).unwrap_or(FinishReason::Length);
@@ -118,6 +127,9 @@ pub fn run(args: &Args) -> Outcome {
             "finish": finish.to_string(),
             "seed": (!is_greedy).then_some(seed),
             "seconds": seconds,
+            "launches": counts.launches,
+            "drafted": counts.drafted,
+            "accepted": counts.accepted,
         }));
     }
     print("\n")?;

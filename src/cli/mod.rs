@@ -7,6 +7,7 @@ mod generate;
 mod grid;
 mod logits;
 mod output;
+mod perplexity;
 mod plan;
 mod timeline;
 mod tokenize;
@@ -36,6 +37,8 @@ enum Verb {
     Generate(generate::Args),
     /// Write the logits of every position of a sequence to a file
     Logits(logits::Args),
+    /// Measure how well a model foretells a text
+    Perplexity(perplexity::Args),
     /// Turn text into tokens, or tokens into text
     Tokenize(tokenize::Args),
     /// Measure how fast a model runs
@@ -105,6 +108,7 @@ fn run() -> Outcome {
         Verb::Plan(args) => plan::run(&args),
         Verb::Generate(args) => generate::run(&args),
         Verb::Logits(args) => logits::run(&args),
+        Verb::Perplexity(args) => perplexity::run(&args),
         Verb::Tokenize(args) => tokenize::run(&args),
         Verb::Bench(args) => bench::run(&args),
         Verb::Timeline(args) => timeline::run(&args),
@@ -118,7 +122,8 @@ fn explain(error: &clap::Error) -> Outcome {
         return output::print(&text);
     }
     let sentence = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
-    let sentence = sentence.strip_prefix("error: ").unwrap_or("which verb? devices, plan, generate, logits, tokenize, bench or timeline");
+    let sentence =
+        sentence.strip_prefix("error: ").unwrap_or("which verb? devices, plan, generate, logits, perplexity, tokenize, bench or timeline");
     Err(Failure::Usage(format!("{sentence}; see torchless --help")))
 }
 

@@ -2,7 +2,6 @@
 
 use super::{FinishReason, GenerateOptions, Prompt, Token};
 use crate::error::{Error, Result};
-use crate::model::state::InferenceState;
 use crate::params::Parameters;
 use crate::sampler::Sampler;
 use crate::tokenizer::Decoder;
@@ -56,15 +55,15 @@ impl Course {
         self.left = 0;
     }
 
-    /// Chooses the token behind those of `state`, which cannot hold more than `limit` positions.
-    pub(crate) fn next(&mut self, state: &InferenceState, limit: usize) -> Result<Token> {
-        let id = self.sampler.sample(state.logits(), state.tokens());
+    /// Chooses the token behind `context`, after whose last come `logits`. There is no room for more than `limit` positions.
+    pub(crate) fn next(&mut self, logits: &[f32], context: &[u32], limit: usize) -> Result<Token> {
+        let id = self.sampler.sample(logits, context);
         self.left -= 1;
         let is_eos = self.params.generation().eos_token_id.contains(&id);
         let mut finish = match () {
             () if is_eos => Some(FinishReason::Eos),
             () if self.left == 0 => Some(FinishReason::Length),
-            () if state.position() >= limit => Some(FinishReason::Context),
+            () if context.len() >= limit => Some(FinishReason::Context),
             () => None,
         };
         let mut text = String::new();

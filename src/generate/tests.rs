@@ -1,5 +1,5 @@
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 use super::course::{begun_stop, first_stop};
 use super::*;
@@ -9,6 +9,8 @@ struct Scripted {
     parameters: Parameters,
     script: Vec<u32>,
     calls: Mutex<Vec<String>>,
+    /// Tokens that the script comes behind: those of the first call.
+    prompt: OnceLock<usize>,
 }
 
 impl Scripted {
@@ -18,7 +20,7 @@ impl Scripted {
 
     fn of(checkpoint: &str, script: Vec<u32>) -> Self {
         let parameters = Parameters::load(Path::new(env!("CARGO_MANIFEST_DIR")).join(checkpoint)).unwrap();
-        Self { parameters, script, calls: Mutex::default() }
+        Self { parameters, script, calls: Mutex::default(), prompt: OnceLock::new() }
     }
 
     /// That says `text`, then the end of the sequence.
@@ -29,14 +31,18 @@ impl Scripted {
         model
     }
 
-    fn compute(&self, call: &str, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        let mut calls = self.calls.lock().unwrap();
-        calls.push(format!("{call} {tokens:?}"));
-        let mut logits = vec![0.0; self.config().vocab_size];
-        logits[self.script[(calls.len() - 1) % self.script.len()] as usize] = 9.0;
+    /// Answers with what it says after each token.
+    fn compute(&self, call: &str, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.calls.lock().unwrap().push(format!("{call} {tokens:?}"));
+        let vocab = self.config().vocab_size;
+        let mut logits = vec![0.0; tokens.len() * vocab];
+        let prompt = self.prompt.get_or_init(|| state.tokens.len() + tokens.len());
+        for (row, position) in logits.chunks_mut(vocab).zip(state.tokens.len() + 1..) {
+            row[self.script[position.saturating_sub(*prompt) % self.script.len()] as usize] = 9.0;
+        }
         state.tokens.extend(tokens);
-        state.logits = logits;
-        Ok(())
+        state.logits = logits[logits.len() - vocab..].to_vec();
+        Ok(logits)
     }
 
     /// Every token's text, and why it ended.
@@ -59,16 +65,22 @@ impl Model for Scripted {
         self.config().max_position_embeddings
     }
     fn try_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.compute("forward", state, &[token])
+        self.compute("forward", state, &[token]).map(drop)
     }
     fn try_fast_forward(&self, state: &mut InferenceState, token: u32) -> Result<()> {
-        self.compute("fast forward", state, &[token])
+        self.compute("fast forward", state, &[token]).map(drop)
     }
     fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.compute("prefill", state, tokens)
+        self.compute("prefill", state, tokens).map(drop)
     }
     fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.compute("fast prefill", state, tokens)
+        self.compute("fast prefill", state, tokens).map(drop)
+    }
+    fn forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.compute("draft", state, tokens)
+    }
+    fn fast_forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.compute("fast draft", state, tokens)
     }
 }
 
@@ -95,7 +107,7 @@ fn any_of_the_end_tokens_ends_it() {
     }
     std::fs::write(copy.path().join("generation_config.json"), r#"{"bos_token_id": 1, "eos_token_id": [2, 812]}"#).unwrap();
     for end in [2, 812] {
-        let model = Scripted { parameters: Parameters::load(copy.path()).unwrap(), script: vec![272, end], calls: Mutex::default() };
+        let model = Scripted { parameters: Parameters::load(copy.path()).unwrap(), ..Scripted::new(vec![272, end]) };
         assert_eq!(model.run("a", greedy()), (vec![".".into(), String::new()], Some(FinishReason::Eos)));
     }
 }
@@ -134,6 +146,51 @@ fn each_token_is_computed_once_and_the_last_not_at_all() {
             [format!("{prefix}prefill [1, 9]"), format!("{prefix}forward [5]"), format!("{prefix}forward [6]")]
         );
         assert_eq!(state.tokens(), [1, 9, 5, 6]);
+    }
+}
+
+#[test]
+fn a_draft_is_computed_once_and_its_wrong_end_is_taken_back() {
+    for (fast, prefix) in [(false, ""), (true, "fast ")] {
+        let model = Scripted::new(vec![5, 6, 7, 8, 11]);
+        let mut state = InferenceState::new(model.config());
+        let options = GenerateOptions { max_tokens: 5, fast, speculate: 7, ..greedy() };
+        let mut generation = generate(&model, &mut state, &[1, 4, 5, 6, 7, 9, 12, 1, 4], options);
+        let ids: Vec<u32> = generation.by_ref().map(|t| t.unwrap().id).collect();
+        let counts = generation.counts();
+        drop(generation);
+        assert_eq!(ids, [5, 6, 7, 8, 11]);
+        // Behind 1, 4, 5 came 6 and 7 before, which is right; behind 5, 6, 7, 8 nothing.
+        assert_eq!(model.calls.lock().unwrap()[1..], [format!("{prefix}draft [5, 6, 7]"), format!("{prefix}forward [8]")]);
+        assert_eq!(counts, DraftCounts { launches: 3, drafted: 2, accepted: 2 });
+
+        let model = Scripted::new(vec![5, 6, 3]);
+        let mut state = InferenceState::new(model.config());
+        let options = GenerateOptions { max_tokens: 4, fast, speculate: 7, ..greedy() };
+        let mut generation = generate(&model, &mut state, &[1, 4, 5, 6, 7, 9, 12, 1, 4], options);
+        let ids: Vec<u32> = generation.by_ref().take(3).map(|t| t.unwrap().id).collect();
+        assert_eq!((ids, generation.counts().drafted), (vec![5, 6, 3], 0), "7 may still come");
+        drop(generation);
+        assert_eq!(state.tokens()[9..], [5, 6], "7 does not, and 3 is not computed");
+        assert_eq!(state.logits()[3], 9.0);
+    }
+}
+
+#[test]
+fn a_draft_is_no_longer_than_the_text_can_become() {
+    // The prompt goes in circles, and the model with it: only the room is short.
+    for (max_tokens, positions, wanted) in
+        [(1, 300, None), (2, 300, None), (3, 300, Some("draft [5, 6]")), (90, 509, Some("draft [5, 6, 7]"))]
+    {
+        let model = Scripted::new(vec![5, 6, 7, 8]);
+        let mut state = InferenceState::new(model.config());
+        let prompt: Vec<u32> = (0..positions).rev().map(|back| 8 - back % 4).collect();
+        let options = GenerateOptions { max_tokens, speculate: 7, ..greedy() };
+        let tokens: Vec<Token> = generate(&model, &mut state, prompt, options).map(Result::unwrap).collect();
+        assert_eq!(tokens.len(), max_tokens.min(4));
+        let calls = model.calls.lock().unwrap();
+        let drafts: Vec<&str> = calls.iter().filter(|call| call.starts_with("draft")).map(String::as_str).collect();
+        assert_eq!(drafts, wanted.into_iter().collect::<Vec<_>>(), "{max_tokens} tokens behind {positions}");
     }
 }
 

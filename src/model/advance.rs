@@ -32,13 +32,15 @@ pub(crate) struct How {
     /// Batches that the rows are cut into, where there are enough; `None` for the model's micro-batches.
     pub batches: Option<usize>,
     pub numerics: Numerics,
+    /// Tokens at the end of each sequence that may be taken back: what the rows before them see is kept.
+    pub drafted: usize,
     /// Report every step to stderr.
     pub debug: bool,
 }
 
 impl How {
     pub(crate) fn new(want: Want) -> Self {
-        Self { want, chunk: usize::MAX, batches: None, numerics: Numerics::Exact, debug: false }
+        Self { want, chunk: usize::MAX, batches: None, drafted: 0, numerics: Numerics::Exact, debug: false }
     }
 }
 
@@ -48,6 +50,8 @@ struct Sequence<'a> {
     lease: Lease,
     /// Its tokens before the call.
     before: usize,
+    /// Those that will not be taken back.
+    sure: usize,
     /// Tokens that were sent on their way, or are stored.
     sent: usize,
     /// Wanted so far: `[wanted, vocab]`.
@@ -80,7 +84,7 @@ impl Grid {
         for (state, tokens) in states.iter().zip(tokens) {
             self.check(state, tokens)?;
         }
-        let mut sequences: Vec<_> = states.iter_mut().zip(tokens).map(|(state, tokens)| self.extend(state, tokens)).collect();
+        let mut sequences: Vec<_> = states.iter_mut().zip(tokens).map(|(state, tokens)| self.extend(state, tokens, how.drafted)).collect();
         let outcome = self.compute(&mut sequences, how);
         let ended = |sequence| self.end(sequence, outcome.is_ok());
         let logits = sequences.into_iter().map(ended).collect();
@@ -97,12 +101,12 @@ impl Grid {
     }
 
     /// A sequence with its new tokens. What the cache doesn't hold of the old ones will be computed again.
-    fn extend<'a>(&self, state: &'a mut InferenceState, tokens: &[u32]) -> Sequence<'a> {
+    fn extend<'a>(&self, state: &'a mut InferenceState, tokens: &[u32], drafted: usize) -> Sequence<'a> {
         let before = state.position();
         state.tokens.extend_from_slice(tokens);
         let lease = state.lease.take().filter(|lease| lease.is_of(&self.pages));
         let lease = lease.unwrap_or_else(|| Lease::new(self.pages.clone(), state.kv));
-        Sequence { before, sent: lease.stored(), lease, state, logits: Vec::new() }
+        Sequence { before, sure: state.position() - drafted, sent: lease.stored(), lease, state, logits: Vec::new() }
     }
 
     /// Puts into the state what came out, or takes everything back.
@@ -206,7 +210,8 @@ impl Grid {
         let mut logits = &logits[..];
         for Part { sequence, positions, wanted } in parts {
             let sequence = &mut sequences[sequence];
-            sequence.lease.commit(positions.end, sequence.state.config.first_seen(positions.end));
+            let seen = sequence.state.config.first_seen(positions.end.min(sequence.sure));
+            sequence.lease.commit(positions.end, seen);
             let (its, others) = logits.split_at(wanted.len() * self.params.config().vocab_size);
             sequence.logits.extend_from_slice(its);
             logits = others;

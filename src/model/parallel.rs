@@ -250,8 +250,34 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn prefill_logits_in_chunks(&self, state: &mut InferenceState, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
-        let logits = self.grid.advance(&mut [state], &[tokens], How { chunk, ..How::new(Want::All) })?;
-        Ok(logits.concat())
+        self.every_logits(state, tokens, How { chunk, ..How::new(Want::All) })
+    }
+
+    /// [`Self::prefill_logits`] with the numerics of [`Self::fast_forward`].
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_prefill_logits(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.every_logits(state, tokens, How { numerics: Fast, ..How::new(Want::All) })
+    }
+
+    /// Computes a token and a draft of what may follow it as the rows of one launch; answers with the logits after each: `[tokens,
+    /// vocab_size]`, on CPUs with the bits of [`Self::forward`]. What turns out to be wrong of the draft is taken back by
+    /// [`InferenceState::truncate`], and nothing is computed again for it, under a sliding window neither.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.draft(state, tokens, Exact)
+    }
+
+    /// [`Self::forward_draft`] with the numerics of [`Self::fast_forward`]: logits of several rows may differ from those of one by
+    /// their rounding.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_forward_draft(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.draft(state, tokens, Fast)
     }
 
     /// Computes one token of each of several sequences, of any lengths, in one launch that reads every weight once (on several stages, in
@@ -282,6 +308,15 @@ impl<By> ParallelMistral<By> {
     /// As [`Self::forward_batch`].
     pub fn fast_forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
         self.step_each(states, tokens, Fast)
+    }
+
+    fn draft(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics) -> Result<Vec<f32>> {
+        let drafted = tokens.len().saturating_sub(1);
+        self.every_logits(state, tokens, How { numerics, batches: Some(1), drafted, ..How::new(Want::All) })
+    }
+
+    fn every_logits(&self, state: &mut InferenceState, tokens: &[u32], how: How) -> Result<Vec<f32>> {
+        self.grid.advance(&mut [state], &[tokens], how).map(|logits| logits.concat())
     }
 
     fn step(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics, debug: bool) -> Result<()> {

@@ -98,4 +98,16 @@ impl InferenceState {
             self.lease = None;
         }
     }
+
+    /// Takes back all but the first `n` tokens, the last of which `logits` come after. Those behind were a draft, so that nothing was freed that
+    /// the first `n` need; what only the draft kept is freed now.
+    pub(crate) fn settle(&mut self, n: usize, logits: &[f32]) {
+        self.truncate(n);
+        self.logits.clear();
+        self.logits.extend_from_slice(logits);
+        let seen = self.config.first_seen(n);
+        if let Some(lease) = &mut self.lease {
+            lease.commit(n, seen);
+        }
+    }
 }

@@ -175,7 +175,8 @@ impl Hub {
     fn choose(&self, turn: &mut Turn) -> Option<Result<Token>> {
         let request = &mut turn.request;
         request.todo.drain(..turn.tokens);
-        (request.todo.is_empty() && !request.is_cancelled()).then(|| request.course.next(&request.state, self.limit))
+        let is_next = request.todo.is_empty() && !request.is_cancelled();
+        is_next.then(|| request.course.next(request.state.logits(), request.state.tokens(), self.limit))
     }
 
     /// Keeps what others may reuse of a request that has been in a step, and answers with it unless `token` is its last.
