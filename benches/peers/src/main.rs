@@ -129,13 +129,14 @@ fn measure(arguments: &Arguments, format: Format, memory: &Memory) -> Result<Rou
     let mut rounds = Rounds::new(format, *threads, names, bytes_of_a_token(&config, format));
     for round in 0..arguments.rounds {
         for work in works.clone() {
-            let read = memory.read(*threads);
+            let before = memory.read(*threads);
             let mut seconds = vec![0.0; engines.len()];
             // Nobody is always the first.
             for turn in 0..engines.len() {
                 let engine = (round + turn) % engines.len();
                 seconds[engine] = engines[engine].seconds(work)?;
             }
+            let read = (before + memory.read(*threads)) / 2.0;
             rounds.add(work, read, seconds);
         }
     }

@@ -22,7 +22,7 @@ pub struct Rounds {
 
 struct Round {
     work: Work,
-    /// Bytes a second of the loop that only reads.
+    /// Bytes a second of the loop that only reads, just before and just after.
     read: f64,
     /// Of each engine.
     seconds: Vec<f64>,
