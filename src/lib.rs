@@ -59,6 +59,7 @@ pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,
     matmul_vec_adaptive_into, matmul_vec_adaptive_with_stats, mlp_tensor_parallel, row_parallel_linear,
 };
+pub use kernels::quant::QuantFormat;
 pub use model::layout::{PlanSummary, RankInfo, plan_summary};
 pub use model::parallel::{ParallelMistral, PipelineParallel, PipelineParallelMistral, TensorParallel, TensorParallelMistral};
 pub use model::parallel_config::ParallelConfig;

@@ -1,4 +1,9 @@
-//! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks an op.
+//! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks a step.
+
+mod cache;
+mod lower;
+mod sweep;
+mod weights;
 
 use std::sync::Arc;
 use std::task::Poll;
@@ -8,34 +13,17 @@ use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts}
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::attend::{KvShape, attend, store_kv};
-use crate::kernels::linear::linear_rows;
-use crate::kernels::matrix::Matrix;
-use crate::kernels::parallel::WorkDistributionConfig;
-use crate::kernels::pool::{self, Pool, Scatter, for_each};
-use crate::kernels::{self};
+use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
+use crate::kernels::pool::{Pool, Scatter, for_each};
+use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
-use crate::plan::{Buf, Op, Plan, RowParallel, SegmentId, WeightShape};
+use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
+use lower::{Step, lower};
+use sweep::Sweep;
+use weights::{Held, hold};
 
 /// Below this many multiplications an op is not worth spreading over threads.
 const SMALL: usize = 1 << 15;
-
-/// A weight as a rank holds it.
-enum Held {
-    Vector(Vec<f32>),
-    Matrix(Matrix),
-}
-
-impl Held {
-    fn vector(&self) -> &[f32] {
-        let Self::Vector(v) = self else { unreachable!("the plan says which weights are vectors") };
-        v
-    }
-
-    fn matrix(&self) -> &Matrix {
-        let Self::Matrix(m) = self else { unreachable!("the plan says which weights are matrices") };
-        m
-    }
-}
 
 /// One activation of one rank (or of all, where shared): `[rows, width]`, as many rows as the batch has.
 #[derive(Default)]
@@ -49,11 +37,14 @@ struct Activation {
 pub(crate) struct Threads {
     pub pool: Arc<Pool>,
     pub work: WorkDistributionConfig,
+    pub stats: Arc<WorkStealingStats>,
 }
 
 pub(crate) struct CpuPlace {
     stage: usize,
     plan: Plan,
+    /// What is run of it, by segment.
+    steps: Vec<Arc<[Step]>>,
     config: Config,
     ranks: Vec<usize>,
     parts: Vec<RankPartition>,
@@ -63,8 +54,7 @@ pub(crate) struct CpuPlace {
     bufs: Vec<Vec<Activation>>,
     /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
     pages: Vec<Vec<u32>>,
-    pool: Arc<Pool>,
-    work: WorkDistributionConfig,
+    threads: Threads,
     output: Vec<f32>,
     counts: PlaceCounts,
 }
@@ -74,18 +64,7 @@ impl CpuPlace {
     pub(crate) fn new(assignment: &Assignment<'_>, threads: &Threads) -> Result<Self> {
         let Assignment { plan, config, partition, ranks, .. } = assignment;
         let parts: Vec<_> = ranks.iter().map(|&r| partition.ranks[r].clone()).collect();
-        let hold = |i: usize, rank: usize| -> Result<Held> {
-            let slice = assignment.weight(crate::plan::Weight(i), rank)?;
-            Ok(match plan.weights[i].shape {
-                WeightShape::Matrix { .. } => Held::Matrix(slice),
-                WeightShape::Vector => {
-                    let mut v = vec![0.0; slice.cols()];
-                    slice.row_to_f32(0, &mut v);
-                    Held::Vector(v)
-                }
-            })
-        };
-        let weights = (0..plan.weights.len()).map(|i| ranks.iter().map(|&r| hold(i, r)).collect()).collect::<Result<Vec<Vec<_>>>>()?;
+        let weights = threads.pool.enter(|| hold(assignment))?;
         let bufs = plan
             .bufs
             .iter()
@@ -97,14 +76,14 @@ impl CpuPlace {
         let mut place = Self {
             stage: assignment.stage,
             plan: (*plan).clone(),
+            steps: plan.segments.iter().map(|segment| lower(&plan.ops[segment.ops.clone()]).into()).collect(),
             config: (*config).clone(),
             ranks: ranks.clone(),
             parts,
             weights,
             bufs,
             pages: Vec::new(),
-            pool: threads.pool.clone(),
-            work: threads.work,
+            threads: threads.clone(),
             output: Vec::new(),
             counts: PlaceCounts::default(),
         };
@@ -152,30 +131,29 @@ impl CpuPlace {
         std::mem::take(&mut self.bufs[buf.0])
     }
 
-    fn run(&mut self, op: Op, batch: &Batch) {
-        match op {
-            Op::RmsNorm { x, y, weight } => {
-                let mut out = self.take(y);
-                let (x, width) = (&self.bufs[x.0][0], out[0].width);
+    fn run(&mut self, step: &Step, batch: &Batch) {
+        match *step {
+            Step::Norm { add, x, y, weight } => {
+                let (mut stream, mut out) = (self.take(x), self.take(y));
+                let add = add.map(|add| &self.bufs[add.0][0].data[..]);
                 let weight = self.weights[weight.0][0].vector();
-                for (x, y) in x.data.chunks_exact(width).zip(out[0].data.chunks_exact_mut(width)) {
-                    kernels::rms_norm(x, weight, self.config.rms_norm_eps, y);
-                }
-                self.bufs[y.0] = out;
+                norm(add, &mut stream[0].data, weight, self.config.rms_norm_eps, &mut out[0].data);
+                (self.bufs[x.0], self.bufs[y.0]) = (stream, out);
             }
-            Op::Linear { x, y, weight, strategy } => {
-                let mut out = self.take(y);
-                let sum = strategy == RowParallel;
-                let n = self.plan.bufs[x.0].rows.of(batch);
-                self.linear(n, &self.bufs[x.0], &self.weights[weight.0], sum, &mut out);
-                self.bufs[y.0] = out;
-            }
+            Step::Linear { x, ref to, sum } => self.linear(x, to, sum, batch),
+            Step::GatedLinear { x, gate, up, scratch, y } => self.gated_linear(x, [gate, up], scratch, y, batch),
+            Step::Op(op) => self.run_op(op, batch),
+        }
+    }
+
+    fn run_op(&mut self, op: Op, batch: &Batch) {
+        match op {
+            Op::RmsNorm { .. } | Op::Linear { .. } => unreachable!("they are steps of their own"),
             Op::Rope { x } => {
                 let angles = self.config.head_dim;
-                for x in &mut self.bufs[x.0] {
-                    for (x, angles) in x.data.chunks_exact_mut(x.width).zip(batch.rope.chunks_exact(angles)) {
-                        kernels::rope(x, angles);
-                    }
+                for Activation { width, data } in &mut self.bufs[x.0] {
+                    let width = *width;
+                    spread(batch.rows.len(), 8 * width, data, |row, x| rope(x, &batch.rope[row * angles..][..angles]));
                 }
             }
             Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v, batch),
@@ -187,21 +165,14 @@ impl CpuPlace {
             Op::SwiGlu { gate, up, y } => {
                 let mut out = self.take(y);
                 for (rank, y) in out.iter_mut().enumerate() {
-                    let (gate, up) = (&self.bufs[gate.0][rank].data, &self.bufs[up.0][rank].data);
-                    let tasks = (gate.len() * 16).div_ceil(SMALL).max(1);
-                    let chunk = gate.len().div_ceil(tasks).max(1);
-                    let y = Scatter::new(&mut y.data);
-                    for_each(gate.len().div_ceil(chunk), |task, _| {
-                        let range = task * chunk..((task + 1) * chunk).min(gate.len());
-                        // SAFETY: tasks have ranges of their own.
-                        kernels::swiglu(&gate[range.clone()], &up[range.clone()], unsafe { y.range(range) });
-                    });
+                    y.data.copy_from_slice(&self.bufs[gate.0][rank].data);
+                    swiglu(&mut y.data, &self.bufs[up.0][rank].data);
                 }
                 self.bufs[y.0] = out;
             }
             Op::Add { x, y } => {
                 let mut out = self.take(x);
-                kernels::add(&mut out[0].data, &self.bufs[y.0][0].data);
+                add(&mut out[0].data, &self.bufs[y.0][0].data);
                 self.bufs[x.0] = out;
             }
             Op::TakeRows { x, y } => {
@@ -215,37 +186,42 @@ impl CpuPlace {
         }
     }
 
-    /// A chunk of outputs a task. Where the ranks' results are summed, a task adds them up in rank order.
-    fn linear(&self, n: usize, x: &[Activation], weights: &[Held], sum: bool, out: &mut [Activation]) {
-        if n == 0 {
-            return;
-        }
-        struct Task {
-            ranks: std::ops::Range<usize>,
-            rows: std::ops::Range<usize>,
-            out: usize,
-        }
-        let inputs: Vec<Vec<&[f32]>> = x.iter().map(|x| rows(&x.data, x.width, n)).collect();
-        let input = |rank: usize| &inputs[rank.min(inputs.len() - 1)][..];
-        let mut tasks = Vec::new();
-        for (i, out) in out.iter().enumerate() {
-            let ranks = if sum { 0..weights.len() } else { i..i + 1 };
-            let work: usize = ranks.clone().map(|r| weights[r].matrix().cols() * n).sum();
-            let chunks = self.work.chunks(&out.data[..out.width], work, pool::threads());
-            tasks.extend(chunks.map(|rows| Task { ranks: ranks.clone(), rows, out: i }));
-        }
-        let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
-        for_each(tasks.len(), |i, _| {
-            let Task { ranks, rows, out } = &tasks[i];
-            let (width, out) = &outs[*out];
-            for rank in ranks.clone() {
-                linear_rows(weights[rank].matrix(), rows.clone(), input(rank), |row, i, dot| {
-                    // SAFETY: outputs belong to one task.
-                    let y = &mut unsafe { out.range(i * width + row..i * width + row + 1) }[0];
-                    *y = if rank == ranks.start { dot } else { *y + dot };
-                });
+    /// Products of the rows of `x` with some weights, on all hosted ranks: their tasks are one list.
+    fn linear(&mut self, x: Buf, to: &[(Weight, Buf)], sum: bool, batch: &Batch) {
+        let mut outs: Vec<Vec<Activation>> = to.iter().map(|&(_, y)| self.take(y)).collect();
+        let n = self.plan.bufs[x.0].rows.of(batch);
+        let mut sweep = Sweep::new(n, batch.numerics);
+        for (out, (weight, _)) in outs.iter_mut().zip(to) {
+            let part = |rank: usize| (self.weights[weight.0][rank].matrix(), self.input(x, rank));
+            if sum {
+                sweep.add(out[0].width, &mut out[0].data, (0..self.parts.len()).map(part));
+            } else {
+                out.iter_mut().enumerate().for_each(|(rank, out)| sweep.add(out.width, &mut out.data, [part(rank)]));
             }
-        });
+        }
+        sweep.run(&self.threads);
+        for (out, &(_, y)) in outs.into_iter().zip(to) {
+            self.bufs[y.0] = out;
+        }
+    }
+
+    /// Both products of a channel and their gate in one task.
+    fn gated_linear(&mut self, x: Buf, weights: [Weight; 2], scratch: Buf, y: Buf, batch: &Batch) {
+        let (mut gates, mut ups) = (self.take(y), self.take(scratch));
+        let n = self.plan.bufs[x.0].rows.of(batch);
+        let mut sweep = Sweep::new(n, batch.numerics);
+        for (rank, (gate, up)) in gates.iter_mut().zip(&mut ups).enumerate() {
+            let weights = weights.map(|weight| self.weights[weight.0][rank].matrix());
+            sweep.add_gated(gate.width, self.input(x, rank), [&mut gate.data, &mut up.data], weights);
+        }
+        sweep.run(&self.threads);
+        (self.bufs[y.0], self.bufs[scratch.0]) = (gates, ups);
+    }
+
+    /// What a rank multiplies: its own part, or what all ranks share.
+    fn input(&self, x: Buf, rank: usize) -> &[f32] {
+        let parts = &self.bufs[x.0];
+        &parts[rank.min(parts.len() - 1)].data
     }
 
     fn store_kv(&mut self, layer: usize, k: Buf, v: Buf, batch: &Batch) {
@@ -324,11 +300,11 @@ impl Place for CpuPlace {
             self.bufs[write.0][0].data.copy_from_slice(input);
             self.counts.bytes_written += size_of_val(input) as u64;
         }
-        let ops = self.plan.ops_of(segment).to_vec();
-        self.counts.ops += (ops.len() * self.parts.len()) as u64;
+        let steps = self.steps[segment.0].clone();
+        self.counts.ops += (segment_spec.ops.len() * self.parts.len()) as u64;
         self.counts.submissions += 1;
-        let pool = self.pool.clone();
-        pool.enter(|| ops.into_iter().for_each(|op| self.run(op, batch)));
+        let pool = self.threads.pool.clone();
+        pool.enter(|| steps.iter().for_each(|step| self.run(step, batch)));
         self.output.clear();
         if let Some(read) = segment_spec.read {
             self.bufs[read.0].iter().for_each(|part| self.output.extend_from_slice(&part.data));
@@ -350,12 +326,35 @@ impl Place for CpuPlace {
     }
 
     fn weight_bytes(&self) -> Vec<u64> {
-        let bytes = |held: &Held| match held {
-            Held::Vector(v) => size_of_val(&v[..]) as u64,
-            Held::Matrix(m) => m.bytes() as u64,
-        };
-        (0..self.ranks.len()).map(|rank| self.weights.iter().map(|by_rank| bytes(&by_rank[rank])).sum()).collect()
+        let bytes = |rank: usize| self.weights.iter().map(|by_rank| by_rank[rank].bytes() as u64).sum();
+        (0..self.ranks.len()).map(bytes).collect()
     }
+}
+
+/// `x += add` and `y = rms_norm(x)`, row by row, all `[rows, hidden]`.
+fn norm(add_to_x: Option<&[f32]>, x: &mut [f32], weight: &[f32], eps: f32, y: &mut [f32]) {
+    let hidden = weight.len();
+    let y = Scatter::new(y);
+    spread(x.len() / hidden, 8 * hidden, x, |row, x| {
+        let range = row * hidden..(row + 1) * hidden;
+        if let Some(add_to_x) = add_to_x {
+            add(x, &add_to_x[range.clone()]);
+        }
+        // SAFETY: a row belongs to one task.
+        rms_norm(x, weight, eps, unsafe { y.range(range) });
+    });
+}
+
+/// Calls `f(row, x[row])` for `n` equal rows of `x`, each worth `work` multiplications, on as many threads as that is worth.
+fn spread(n: usize, work: usize, x: &mut [f32], f: impl Fn(usize, &mut [f32]) + Sync) {
+    let (width, per_task) = (x.len() / n.max(1), SMALL.div_ceil(work.max(1)));
+    let x = Scatter::new(x);
+    for_each(n.div_ceil(per_task), |task, _| {
+        for row in task * per_task..n.min((task + 1) * per_task) {
+            // SAFETY: a row belongs to one task.
+            f(row, unsafe { x.range(row * width..(row + 1) * width) });
+        }
+    });
 }
 
 /// The rows of a buffer, which still are rows where a rank without channels has no elements in them.

@@ -3,6 +3,8 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod wgpu;
 
+use std::ops::Range;
+use std::path::Path;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -10,7 +12,9 @@ use crate::backend::cpu::{CpuPlace, Threads};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::Result;
+pub(crate) use crate::kernels::Numerics;
 use crate::kernels::matrix::Matrix;
+use crate::kernels::quant::{self, Packed, QuantFormat};
 use crate::partition::StagePartition;
 use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
@@ -72,6 +76,7 @@ pub(crate) struct Batch {
     /// Cosine and sine of the rotary angles: `[rows, 2, head_dim / 2]`, cosines first.
     pub rope: Vec<f32>,
     pub kv: KvType,
+    pub numerics: Numerics,
 }
 
 /// The rows of a batch on their way into a stage and from one stage to the next: `[rows, width]`, no padding.
@@ -185,17 +190,58 @@ pub(crate) struct Assignment<'a> {
     pub config: &'a Config,
     pub partition: &'a StagePartition,
     /// A whole tensor of the checkpoint by name, mapped and already checked; a vector is a matrix of one row.
-    pub tensor: &'a dyn Fn(&str) -> Result<Matrix>,
+    pub tensor: &'a (dyn Fn(&str) -> Result<Matrix> + Sync),
+    /// How its matrices are quantised as they are loaded; `None` leaves them as they are stored.
+    pub packing: Option<Packing<'a>>,
+}
+
+/// How a place quantises its matrices as it loads them.
+#[derive(Clone, Copy)]
+pub(crate) struct Packing<'a> {
+    pub format: QuantFormat,
+    /// The directory in which what was packed is kept for the next load, and what tells this checkpoint from others.
+    pub cache: Option<(&'a Path, &'a str)>,
+    /// Told of every so many bytes of the checkpoint that are done.
+    pub progress: &'a (dyn Fn(usize) + Sync),
+}
+
+/// A rank's slice of a matrix, and the whole.
+pub(crate) struct Cut {
+    pub whole: Matrix,
+    pub rows: Range<usize>,
+    pub cols: Range<usize>,
 }
 
 impl Assignment<'_> {
     /// Rank `rank`'s slice of a weight.
     pub(crate) fn weight(&self, weight: Weight, rank: usize) -> Result<Matrix> {
+        let Cut { whole, rows, cols } = self.cut(weight, rank)?;
+        Ok(whole.slice(rows, cols))
+    }
+
+    /// Where rank `rank`'s slice of a weight is in the whole.
+    pub(crate) fn cut(&self, weight: Weight, rank: usize) -> Result<Cut> {
         let spec = &self.plan.weights[weight.0];
         let whole = (self.tensor)(&spec.name)?;
-        let WeightShape::Matrix { out, input } = spec.shape else { return Ok(whole) };
-        let rank = &self.partition.ranks[rank];
-        Ok(whole.slice(rank.range(out, self.config), rank.range(input, self.config)))
+        let (rows, cols) = match spec.shape {
+            WeightShape::Vector => (0..whole.rows(), 0..whole.cols()),
+            WeightShape::Matrix { out, input } => {
+                let rank = &self.partition.ranks[rank];
+                (rank.range(out, self.config), rank.range(input, self.config))
+            }
+        };
+        Ok(Cut { whole, rows, cols })
+    }
+
+    /// Bytes that rank `rank` will hold of a weight.
+    pub(crate) fn bytes(&self, weight: Weight, rank: usize) -> Result<usize> {
+        let Cut { whole, rows, cols } = self.cut(weight, rank)?;
+        Ok(match (self.plan.weights[weight.0].shape, &self.packing) {
+            (WeightShape::Matrix { .. }, Some(packing)) => {
+                Packed::bytes_for(packing.format, rows.len(), cols.start % quant::BLOCK + cols.len())
+            }
+            _ => whole.dtype().bytes(rows.len() * cols.len()),
+        })
     }
 }
 

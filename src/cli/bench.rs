@@ -1,6 +1,7 @@
 //! `torchless bench`: tokens a second, and where the time goes.
 
 use std::num::NonZeroUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Instant;
 
 use serde_json::json;
@@ -31,6 +32,36 @@ pub struct Args {
     /// Sequences that decode at once, dealt out to the stages
     #[arg(long, value_name = "B", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
+
+    /// Show what became of the CPU's tasks, chunks of a matrix's outputs, in one timed prefill and in one timed decode
+    #[arg(long)]
+    stats: bool,
+}
+
+/// Tasks of the CPU: all, and those that ran on another thread than the one that split them off.
+#[derive(Clone, Copy)]
+struct Tasks {
+    created: usize,
+    stolen: usize,
+}
+
+impl Tasks {
+    fn of(model: &TensorParallelMistral) -> Self {
+        let stats = model.work_stats();
+        Self { created: stats.tasks_created.load(Relaxed), stolen: stats.stolen_tasks.load(Relaxed) }
+    }
+
+    fn since(self, before: Self) -> Self {
+        Self { created: self.created - before.created, stolen: self.stolen - before.stolen }
+    }
+
+    fn steal_ratio(self) -> f64 {
+        self.stolen as f64 / self.created.max(1) as f64
+    }
+
+    fn json(self) -> serde_json::Value {
+        json!({ "created": self.created, "local": self.created - self.stolen, "stolen": self.stolen, "steal_ratio": self.steal_ratio() })
+    }
 }
 
 /// A prompt and its continuation, computed once.
@@ -99,15 +130,17 @@ pub fn run(args: &Args) -> Outcome {
 
     // The first round warms caches and compiles kernels, the second is timed, the third traced.
     let mut states: Vec<_> = (0..batch).map(|_| InferenceState::with_kv(params.config(), args.run.kv(fast))).collect();
-    let round = |states: &mut [InferenceState]| -> Result<(f64, f64), Error> {
-        let mut prefill = 0.0;
+    let round = |states: &mut [InferenceState]| -> Result<_, Error> {
+        let (mut prefill, start) = (0.0, Tasks::of(&loaded.model));
         for state in &mut *states {
             prefill += run.prefill(state)?;
         }
-        Ok((prefill / batch as f64, run.decode(states)?))
+        let (decoding, filled) = (Tasks::of(&loaded.model), prefill / batch as f64);
+        let decode = run.decode(states)?;
+        Ok((filled, decode, [decoding.since(start), Tasks::of(&loaded.model).since(decoding)]))
     };
     round(&mut states)?;
-    let (prefill, decode) = round(&mut states)?;
+    let (prefill, decode, tasks) = round(&mut states)?;
     loaded.model.start_trace();
     let parts = args.run.traced(&loaded, || {
         states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
@@ -120,7 +153,7 @@ pub fn run(args: &Args) -> Outcome {
 
     let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, (batch * d) as f64 / decode, peak_rss_bytes());
     if args.grid.json {
-        return print_json(&json!({
+        let mut document = json!({
             "prompt_tokens": p,
             "decode_tokens": d,
             "batch": batch,
@@ -131,7 +164,11 @@ pub fn run(args: &Args) -> Outcome {
             "load_s": loaded.seconds,
             "peak_rss_bytes": peak,
             "step_s": PARTS.into_iter().zip(parts).collect::<std::collections::BTreeMap<_, _>>(),
-        }));
+        });
+        if args.stats {
+            document["cpu_tasks"] = json!({ "prefill": tasks[0].json(), "decode": tasks[1].json() });
+        }
+        return print_json(&document);
     }
     let mut rows = vec![
         ["measured", "value"].map(str::to_owned).to_vec(),
@@ -142,6 +179,12 @@ pub fn run(args: &Args) -> Outcome {
         vec!["peak memory".into(), peak.map_or("unknown".into(), bytes)],
     ];
     rows.extend(PARTS.iter().zip(parts).map(|(part, seconds)| vec![format!("{part}, a decode step"), format!("{:.1} us", seconds * 1e6)]));
+    if args.stats {
+        for (part, tasks) in ["prefill", "decode"].into_iter().zip(tasks) {
+            let Tasks { created, stolen } = tasks;
+            rows.push(vec![format!("CPU tasks, {part}"), format!("{created}, {stolen} stolen ({:.1} %)", 100.0 * tasks.steal_ratio())]);
+        }
+    }
     print(&table(&rows))
 }
 

@@ -2,11 +2,12 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Once;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use indicatif::ProgressBar;
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral};
+use indicatif::{ProgressBar, ProgressStyle};
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral};
 
 use super::Outcome;
 
@@ -37,9 +38,29 @@ pub struct GridArgs {
     #[arg(long, value_name = "N")]
     pub context: Option<NonZeroUsize>,
 
+    /// Quantise the weights as they are loaded, on the CPU: q8_0, iq4_nl (the better 4-bit), q4_0; or stored: as the checkpoint has them
+    #[arg(long, value_name = "FORMAT", default_value = "stored", value_parser = weights)]
+    pub weights: Weights,
+
+    /// Keep the quantised weights in files beside the checkpoint, and take them from there the next time
+    #[arg(long)]
+    pub cache_weights: bool,
+
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
+}
+
+/// `None`: as the checkpoint stores them.
+#[derive(Clone, Copy)]
+pub struct Weights(pub Option<QuantFormat>);
+
+fn weights(name: &str) -> Result<Weights, String> {
+    if name == "stored" {
+        return Ok(Weights(None));
+    }
+    let names = QuantFormat::ALL.map(QuantFormat::name).join(", ");
+    QuantFormat::from_name(name).map(|format| Weights(Some(format))).ok_or_else(|| format!("the formats are stored, {names}"))
 }
 
 impl GridArgs {
@@ -57,6 +78,8 @@ impl GridArgs {
         if let Some(threads) = self.threads {
             config = config.threads(threads.get());
         }
+        config.weights = self.weights.0;
+        config.cache_weights = self.cache_weights;
         config
     }
 
@@ -69,13 +92,26 @@ impl GridArgs {
         }
         let start = Instant::now();
         let devices = self.devices()?;
-        // Drawn only where stderr is a terminal.
-        let spinner = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
-        spinner.enable_steady_tick(Duration::from_millis(100));
-        let model = TensorParallelMistral::load_grid(params.clone(), config, devices);
-        spinner.finish_and_clear();
+        // Drawn only where stderr is a terminal: a spinner, until there are bytes to count.
+        let bar = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
+        bar.enable_steady_tick(Duration::from_millis(100));
+        let counting = Once::new();
+        let model = TensorParallelMistral::load_grid_with_progress(params.clone(), config, devices, |done, all| {
+            counting.call_once(|| {
+                bar.set_length(all);
+                bar.set_style(counted());
+            });
+            bar.set_position(done);
+        });
+        bar.finish_and_clear();
         Ok(Loaded { model: model?, seconds: start.elapsed().as_secs_f64() })
     }
+}
+
+/// The look of a bar that counts bytes.
+fn counted() -> ProgressStyle {
+    ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// A model, and how long it took to load.

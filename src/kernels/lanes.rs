@@ -43,6 +43,20 @@ pub(crate) trait Lanes: Copy {
             totals[i] += unsafe { sums[i].sum() };
         }
     }
+    /// Makes rows of columns: lane j of vector i becomes lane i of vector j. Bits stay as they are.
+    ///
+    /// # Safety
+    /// As [`Lanes::zero`].
+    #[inline(always)]
+    unsafe fn transpose(square: &mut [Self; 16]) {
+        let mut rows = [[0.0; 16]; 16];
+        for i in 0..16 {
+            unsafe { square[i].store(rows[i].as_mut_ptr()) };
+        }
+        for (j, column) in square.iter_mut().enumerate() {
+            *column = unsafe { Self::load_f32(rows.map(|row| row[j]).as_ptr()) };
+        }
+    }
     /// Asks for the cache line at `p`, which need not be readable, to be fetched into L2. Nothing where there is no such instruction.
     ///
     /// # Safety
@@ -184,6 +198,10 @@ pub(crate) mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn transpose(square: &mut [Self; 16]) {
+            unsafe { transpose_16(square) }
+        }
+        #[inline(always)]
         unsafe fn prefetch<T>(p: *const T) {
             unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
         }
@@ -229,6 +247,23 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { sum8(_mm256_add_ps(self[0], self[1])) }
+        }
+        #[inline(always)]
+        unsafe fn transpose(square: &mut [Self; 16]) {
+            unsafe {
+                let mut quarters = [[_mm256_setzero_ps(); 8]; 4];
+                for i in 0..8 {
+                    [quarters[0][i], quarters[1][i]] = square[i];
+                    [quarters[2][i], quarters[3][i]] = square[8 + i];
+                }
+                for i in 0..4 {
+                    transpose_8(&mut quarters[i]);
+                }
+                for i in 0..8 {
+                    square[i] = [quarters[0][i], quarters[2][i]];
+                    square[8 + i] = [quarters[1][i], quarters[3][i]];
+                }
+            }
         }
         #[inline(always)]
         unsafe fn prefetch<T>(p: *const T) {
@@ -282,5 +317,55 @@ pub(crate) mod x86 {
     #[inline(always)]
     unsafe fn add_quarters(a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0b10_00_10_00>(a, b), _mm512_shuffle_f32x4::<0b11_01_11_01>(a, b)) }
+    }
+
+    /// Squares of 4 in each 128 bits first, then the 128 bits.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512F.
+    #[inline(always)]
+    unsafe fn transpose_16(v: &mut [__m512; 16]) {
+        unsafe {
+            for i in [0, 4, 8, 12] {
+                let (ab, cd) = (_mm512_unpacklo_ps(v[i], v[i + 1]), _mm512_unpacklo_ps(v[i + 2], v[i + 3]));
+                let (ef, gh) = (_mm512_unpackhi_ps(v[i], v[i + 1]), _mm512_unpackhi_ps(v[i + 2], v[i + 3]));
+                let (ab, cd, ef, gh) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd), _mm512_castps_pd(ef), _mm512_castps_pd(gh));
+                v[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+                v[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+                v[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(ef, gh));
+                v[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(ef, gh));
+            }
+            for i in [0, 1, 2, 3] {
+                let (low, high) = (_mm512_shuffle_f32x4::<0x44>(v[i], v[i + 4]), _mm512_shuffle_f32x4::<0x44>(v[i + 8], v[i + 12]));
+                let (low2, high2) = (_mm512_shuffle_f32x4::<0xee>(v[i], v[i + 4]), _mm512_shuffle_f32x4::<0xee>(v[i + 8], v[i + 12]));
+                v[i] = _mm512_shuffle_f32x4::<0x88>(low, high);
+                v[i + 4] = _mm512_shuffle_f32x4::<0xdd>(low, high);
+                v[i + 8] = _mm512_shuffle_f32x4::<0x88>(low2, high2);
+                v[i + 12] = _mm512_shuffle_f32x4::<0xdd>(low2, high2);
+            }
+        }
+    }
+
+    /// As [`transpose_16`].
+    ///
+    /// # Safety
+    /// The CPU has AVX.
+    #[inline(always)]
+    unsafe fn transpose_8(v: &mut [__m256; 8]) {
+        unsafe {
+            for i in [0, 4] {
+                let (ab, cd) = (_mm256_unpacklo_ps(v[i], v[i + 1]), _mm256_unpacklo_ps(v[i + 2], v[i + 3]));
+                let (ef, gh) = (_mm256_unpackhi_ps(v[i], v[i + 1]), _mm256_unpackhi_ps(v[i + 2], v[i + 3]));
+                v[i] = _mm256_shuffle_ps::<0x44>(ab, cd);
+                v[i + 1] = _mm256_shuffle_ps::<0xee>(ab, cd);
+                v[i + 2] = _mm256_shuffle_ps::<0x44>(ef, gh);
+                v[i + 3] = _mm256_shuffle_ps::<0xee>(ef, gh);
+            }
+            for i in [0, 1, 2, 3] {
+                let (low, high) = (v[i], v[i + 4]);
+                v[i] = _mm256_permute2f128_ps::<0x20>(low, high);
+                v[i + 4] = _mm256_permute2f128_ps::<0x31>(low, high);
+            }
+        }
     }
 }

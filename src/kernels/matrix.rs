@@ -49,6 +49,16 @@ pub(crate) enum Row<'a> {
     Bf16(&'a [bf16]),
 }
 
+impl Row<'_> {
+    pub(crate) fn as_ptr(self) -> *const u8 {
+        match self {
+            Self::F32(row) => row.as_ptr().cast(),
+            Self::F16(row) => row.as_ptr().cast(),
+            Self::Bf16(row) => row.as_ptr().cast(),
+        }
+    }
+}
+
 #[derive(Clone)]
 enum Storage {
     Owned(Arc<Vec<f32>>),
@@ -148,6 +158,28 @@ impl Matrix {
             self.cols
         );
         Self { offset: self.offset + rows.start * self.stride + cols.start, rows: rows.len(), cols: cols.len(), ..self.clone() }
+    }
+
+    /// Asks the system to read what of this lies in a file, from its first row to its last, before it is needed.
+    pub(crate) fn will_need(&self) {
+        #[cfg(unix)]
+        self.advise(|file, start, len| file.advise_range(memmap2::Advice::WillNeed, start, len));
+    }
+
+    /// Tells the system that what of this lies in a file won't be needed soon: its pages need not stay in memory.
+    pub(crate) fn forget(&self) {
+        // SAFETY: pages of a file that is only read come back from it with the same contents.
+        #[cfg(unix)]
+        self.advise(|file, start, len| unsafe { file.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, start, len) });
+    }
+
+    /// Advice is no more than that: where the system refuses it, nothing changes.
+    #[cfg(unix)]
+    fn advise(&self, advise: impl FnOnce(&Mmap, usize, usize) -> std::io::Result<()>) {
+        let Storage::Mapped(file) = &self.storage else { return };
+        let last = (self.rows.max(1) - 1) * self.stride + self.cols;
+        let (start, end) = (self.dtype.bytes(self.offset), self.dtype.bytes(self.offset + last));
+        let _ = advise(file, self.base + start, end - start);
     }
 
     /// Row `r` as it is stored: `[cols]`.

@@ -192,9 +192,8 @@ pub fn mlp_tensor_parallel(input: &[f32], gate: &Matrix, up: &Matrix, down: &Mat
         down.rows(),
         down.cols()
     );
-    let (gate, up) = (column_parallel_linear(gate, input, config), column_parallel_linear(up, input, config));
-    let mut activated = vec![0.0; gate.len()];
-    swiglu(&gate, &up, &mut activated);
+    let mut activated = column_parallel_linear(gate, input, config);
+    swiglu(&mut activated, &column_parallel_linear(up, input, config));
     matmul(&down.slice(0..down.rows(), config.local_range(channels)), &activated)
 }
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use crate::backend::{Batch, Row};
+use crate::backend::{Batch, Numerics, Row};
 use crate::error::{Error, Result};
 use crate::model::engine::Pending;
 use crate::model::grid::Grid;
@@ -31,13 +31,14 @@ pub(crate) struct How {
     pub chunk: usize,
     /// Batches that the rows are cut into, where there are enough; `None` for the model's micro-batches.
     pub batches: Option<usize>,
+    pub numerics: Numerics,
     /// Report every step to stderr.
     pub debug: bool,
 }
 
 impl How {
     pub(crate) fn new(want: Want) -> Self {
-        Self { want, chunk: usize::MAX, batches: None, debug: false }
+        Self { want, chunk: usize::MAX, batches: None, numerics: Numerics::Exact, debug: false }
     }
 }
 
@@ -145,7 +146,7 @@ impl Grid {
                     self.land(&mut flights, sequences)?;
                 }
             }
-            let pending = self.send(sequences, &parts, how.debug)?;
+            let pending = self.send(sequences, &parts, how)?;
             parts.iter().for_each(|part| sequences[part.sequence].sent = part.positions.end);
             flights.push_back(Flight { parts, pending });
         }
@@ -182,7 +183,7 @@ impl Grid {
     }
 
     /// Sends a batch on its way.
-    fn send(&self, sequences: &mut [Sequence<'_>], parts: &[Part], debug: bool) -> Result<Pending> {
+    fn send(&self, sequences: &mut [Sequence<'_>], parts: &[Part], how: How) -> Result<Pending> {
         let (mut rows, mut wanted, mut seqs, mut copies, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (seq, part) in parts.iter().enumerate() {
             let Sequence { state, lease, .. } = &mut sequences[part.sequence];
@@ -194,8 +195,8 @@ impl Grid {
         }
         let number = self.batches.fetch_add(1, Ordering::Relaxed) + 1;
         let kv = sequences[parts[0].sequence].state.kv;
-        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv };
-        self.driver.send(batch, self.embed(&tokens), debug)
+        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv, numerics: how.numerics };
+        self.driver.send(batch, self.embed(&tokens), how.debug)
     }
 
     /// Waits for the oldest batch.

@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
@@ -11,10 +11,12 @@ use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::parallel::WorkStealingStats;
 use crate::kernels::pool::Pool;
+use crate::kernels::quant::QuantFormat;
 use crate::model::engine::{Counts, Driver};
 use crate::model::kv::PagePool;
-use crate::model::layout::{Layout, RankInfo, lay_out, rank_infos};
+use crate::model::layout::{Layout, RankInfo, lay_out, packing, rank_infos};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::rope::RopeTable;
 use crate::model::stage::Stage;
@@ -37,6 +39,8 @@ pub(crate) struct Grid {
     pub(super) rope: RopeTable,
     ranks: Vec<RankInfo>,
     trace: Arc<Trace>,
+    /// Tasks of the products on the CPU.
+    pub(super) stats: Arc<WorkStealingStats>,
     /// Batches made so far.
     pub(super) batches: AtomicU64,
     /// Batches that the rows of a call are cut into, so that they fill the stages.
@@ -49,7 +53,8 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
-    /// Loads the ranks `local` of every stage onto `devices` (stage after stage), joined to others by `collective`.
+    /// Loads the ranks `local` of every stage onto `devices` (stage after stage), joined to others by `collective`. While matrices are
+    /// quantised, `progress` hears how many bytes of the checkpoint are done, of how many.
     pub(crate) fn load(
         params: Parameters,
         config: &ParallelConfig,
@@ -57,13 +62,19 @@ impl Grid {
         local: &[usize],
         devices: &[Device],
         collective: Arc<dyn Collective>,
+        progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self> {
         let world = config.tensor.world_size;
-        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
         let layouts = lay_out(&params, &partition, local, devices, collective.size());
-        let ranks = rank_infos(&params, &partition, &layouts)?;
+        let stamp = params.stamp();
+        let cache = config.cache_weights.then_some((params.path(), &stamp[..]));
+        let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
+        let count = |bytes: usize| progress(done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64, all);
+        let packing = packing(config, devices, cache, &count)?;
+        let ranks = rank_infos(&params, &partition, &layouts, packing)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
-        let trace = Arc::new(Trace::new(rows));
+        let (trace, stats) = (Arc::new(Trace::new(rows)), Arc::new(WorkStealingStats::new()));
         let pools = pools(config, &layouts)?;
         let tensor = |name: &str| params.tensor(name);
 
@@ -74,14 +85,14 @@ impl Grid {
         let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, in_flight)?;
         let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
         for (stage, layout) in layouts.iter().enumerate() {
-            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor) {
+            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor, packing) {
                 room = room.min(backend::room(device, &assignment, room)?);
             }
         }
         let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
-            let assignments = layout.assignments(index, &params, &partition, &tensor);
-            let threads = Threads { pool: pools[index].clone(), work: config.work };
+            let assignments = layout.assignments(index, &params, &partition, &tensor, packing);
+            let threads = Threads { pool: pools[index].clone(), work: config.work, stats: stats.clone() };
             let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads, &mut opened)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             let (plan, collective, trace) = (layout.plan.clone(), collective.clone(), trace.clone());
@@ -97,7 +108,7 @@ impl Grid {
                 in_flight: Vec::new(),
             });
         }
-        agree(&*collective, &params, &partition, room)?;
+        agree(&*collective, &params, &partition, config.weights, room)?;
         Ok(Self {
             rope: RopeTable::new(params.config()),
             pages: Arc::new(PagePool::new(room.pages)),
@@ -110,6 +121,7 @@ impl Grid {
             room,
             ranks,
             trace,
+            stats,
         })
     }
 
@@ -205,13 +217,13 @@ fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
     )
 }
 
-/// All members of a group must have the same checkpoint, partition and room, or their sums mean nothing. All see all, so that where
+/// All members of a group must have the same checkpoint, partition, format and room, or their sums mean nothing. All see all, so that where
 /// one differs none goes on to wait for it.
-fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, room: Room) -> Result<()> {
+fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, weights: Option<QuantFormat>, room: Room) -> Result<()> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     params.fingerprint().hash(&mut hasher);
-    format!("{partition:?} {room:?}").hash(&mut hasher);
+    format!("{partition:?} {weights:?} {room:?}").hash(&mut hasher);
     // 16 bits are exact in an f32.
     let mine: Vec<f32> = hasher.finish().to_le_bytes().chunks(2).map(|b| f32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
     let mut all = vec![0.0; mine.len() * collective.size()];
@@ -221,7 +233,7 @@ fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition
         Some(other) => {
             let rank = collective.rank();
             Err(Error::Collective(format!(
-                "ranks {rank} and {other} differ in their checkpoint, their partition or the room of their cache"
+                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights or the room of their cache"
             )))
         }
     }

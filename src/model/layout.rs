@@ -1,8 +1,9 @@
 //! Where everything will be: the ranks of a grid on devices, known before anything is loaded.
 
 use std::ops::Range;
+use std::path::Path;
 
-use crate::backend::Assignment;
+use crate::backend::{Assignment, Packing};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
@@ -89,24 +90,30 @@ impl Layout {
         stage: usize,
         params: &'a Parameters,
         partition: &'a Partition,
-        tensor: &'a dyn Fn(&str) -> Result<Matrix>,
+        tensor: &'a (dyn Fn(&str) -> Result<Matrix> + Sync),
+        packing: Option<Packing<'a>>,
     ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
         self.groups.iter().map(move |(device, ranks)| {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
-            (device, Assignment { stage, stays: self.stays, ranks: ranks.clone(), plan, config, partition, tensor })
+            (device, Assignment { stage, stays: self.stays, ranks: ranks.clone(), plan, config, partition, tensor, packing })
         })
     }
 }
 
 /// Every rank with the bytes of its weights, read off the checkpoint's headers.
-pub(super) fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[Layout]) -> Result<Vec<RankInfo>> {
+pub(super) fn rank_infos(
+    params: &Parameters,
+    partition: &Partition,
+    layouts: &[Layout],
+    packing: Option<Packing<'_>>,
+) -> Result<Vec<RankInfo>> {
     let tensor = |name: &str| params.tensor(name);
     let mut infos = Vec::new();
     for (stage, layout) in layouts.iter().enumerate() {
-        for (device, assignment) in layout.assignments(stage, params, partition, &tensor) {
+        for (device, assignment) in layout.assignments(stage, params, partition, &tensor, packing) {
             for &rank in &assignment.ranks {
-                let weights = (0..layout.plan.weights.len()).map(|i| assignment.weight(crate::plan::Weight(i), rank));
-                let weight_bytes = weights.map(|m| m.map(|m| m.bytes() as u64)).sum::<Result<u64>>()?;
+                let weights = (0..layout.plan.weights.len()).map(|i| assignment.bytes(crate::plan::Weight(i), rank));
+                let weight_bytes = weights.map(|bytes| bytes.map(|bytes| bytes as u64)).sum::<Result<u64>>()?;
                 let (layers, partition) = (assignment.partition.layers.clone(), assignment.partition.ranks[rank].clone());
                 infos.push(RankInfo { stage, rank, device: device.label(), layers, partition, weight_bytes });
             }
@@ -114,6 +121,23 @@ pub(super) fn rank_infos(params: &Parameters, partition: &Partition, layouts: &[
     }
     infos.sort_by_key(|info| (info.stage, info.rank));
     Ok(infos)
+}
+
+/// How matrices are quantised on these devices, if `config` wants that.
+///
+/// # Errors
+/// A GPU among the devices: its kernels read weights as checkpoints store them.
+pub(super) fn packing<'a>(
+    config: &ParallelConfig,
+    devices: &[Device],
+    cache: Option<(&'a Path, &'a str)>,
+    progress: &'a (dyn Fn(usize) + Sync),
+) -> Result<Option<Packing<'a>>> {
+    let Some(format) = config.weights else { return Ok(None) };
+    match devices.iter().find(|device| !device.is_cpu()) {
+        Some(gpu) => Err(Error::QuantisedOnGpu { format: format.name(), device: gpu.label() }),
+        None => Ok(Some(Packing { format, cache, progress })),
+    }
 }
 
 /// Ranks of each stage where the device list is cut into equal groups, one a stage.
@@ -138,10 +162,11 @@ pub(super) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> 
 pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
     let stages = config.stages.unwrap_or(1);
     let world = ranks_per_stage(devices.len(), stages)?;
-    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), 1)?;
+    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
+    let packing = packing(config, devices, None, &|_| {})?;
     let local: Vec<usize> = (0..world).collect();
     let layouts = lay_out(params, &partition, &local, devices, 1);
-    let ranks = rank_infos(params, &partition, &layouts)?;
+    let ranks = rank_infos(params, &partition, &layouts, packing)?;
     Ok(PlanSummary {
         ops_per_token: layouts.iter().map(|l| l.plan.ops.len()).sum(),
         submissions_per_token: layouts.iter().map(|l| l.plan.segments.len() * l.groups.len()).sum(),

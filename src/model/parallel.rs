@@ -4,11 +4,13 @@ use std::marker::PhantomData;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::backend::Numerics::{self, Exact, Fast};
 use crate::backend::PlaceCounts;
 use crate::collective::{Alone, Collective};
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::parallel::WorkStealingStats;
 use crate::model::advance::{How, Want};
 use crate::model::grid::Grid;
 use crate::model::layout::{RankInfo, ranks_per_stage};
@@ -57,7 +59,7 @@ impl TensorParallelMistral {
         let world = config.tensor.world_size;
         let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * world];
-        Self::on(params, &config, stages, &devices)
+        Self::on(params, &config, stages, &devices, &|_, _| {})
     }
 
     /// Loads rank i onto `devices[i]`. The list may mix GPUs of any vendor and the CPU, and may name a device several times: those
@@ -75,9 +77,23 @@ impl TensorParallelMistral {
     /// # Errors
     /// As [`Self::load_on_gpus`]; a list that the stages don't divide; shares that don't fit.
     pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
+        Self::load_grid_with_progress(params, config, devices, |_, _| {})
+    }
+
+    /// [`Self::load_grid`] that tells how far it is: while matrices are quantised, `progress(done, all)` hears from any thread how many bytes
+    /// of the checkpoint are done, and how many there are. Nothing else takes long enough to be told.
+    ///
+    /// # Errors
+    /// As [`Self::load_grid`].
+    pub fn load_grid_with_progress(
+        params: Parameters,
+        config: impl Into<ParallelConfig>,
+        devices: impl IntoIterator<Item = Device>,
+        progress: impl Fn(u64, u64) + Sync,
+    ) -> Result<Self> {
         let config = config.into();
         let devices: Vec<Device> = devices.into_iter().collect();
-        Self::on(params, &config, config.stages.unwrap_or(1), &devices)
+        Self::on(params, &config, config.stages.unwrap_or(1), &devices, &progress)
     }
 
     /// Loads rank `config.rank` only, on the CPU, and joins the other ranks through `collective`. Every member answers with full
@@ -98,7 +114,7 @@ impl TensorParallelMistral {
             let right = "use one stage where ranks are in several processes".into();
             return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
         }
-        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective)?;
+        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective, &|_, _| {})?;
         Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 }
@@ -113,7 +129,7 @@ impl PipelineParallelMistral {
         config.validate(params.config())?;
         let stages = config.stages_for(params.config().n_layers);
         let devices = vec![Device::cpu(); stages * config.tensor.world_size];
-        Self::on(params, &config, stages, &devices)
+        Self::on(params, &config, stages, &devices, &|_, _| {})
     }
 
     /// Loads stage i onto `devices[i]`, each on a thread of its own. The list may mix GPUs of any vendor and the CPU, and may name a
@@ -132,18 +148,24 @@ impl PipelineParallelMistral {
     pub fn load_grid(params: Parameters, config: impl Into<ParallelConfig>, devices: impl IntoIterator<Item = Device>) -> Result<Self> {
         let config = config.into();
         let devices: Vec<Device> = devices.into_iter().collect();
-        Self::on(params, &config, config.stages.unwrap_or(devices.len()), &devices)
+        Self::on(params, &config, config.stages.unwrap_or(devices.len()), &devices, &|_, _| {})
     }
 }
 
 impl<By> ParallelMistral<By> {
-    fn on(params: Parameters, config: &ParallelConfig, stages: usize, devices: &[Device]) -> Result<Self> {
+    fn on(
+        params: Parameters,
+        config: &ParallelConfig,
+        stages: usize,
+        devices: &[Device],
+        progress: &(dyn Fn(u64, u64) + Sync),
+    ) -> Result<Self> {
         let world = ranks_per_stage(devices.len(), stages)?;
         let mut config = config.clone().stages(stages);
         config.tensor = TensorParallelConfig::new(world, 0);
         config.validate(params.config())?;
         let local: Vec<usize> = (0..world).collect();
-        let grid = Grid::load(params, &config, stages, &local, devices, Arc::new(Alone))?;
+        let grid = Grid::load(params, &config, stages, &local, devices, Arc::new(Alone), progress)?;
         Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 
@@ -171,16 +193,16 @@ impl<By> ParallelMistral<By> {
     /// # Panics
     /// Where [`Self::try_forward`] returns an error.
     pub fn forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], Exact, debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
-    /// [`Self::forward`] without the promise of bits. Until it has faster kernels of its own it runs the exact ones; on a state with
-    /// an f16 cache it differs from [`Self::forward`] on an f32 cache by that rounding only.
+    /// [`Self::forward`] without the promise of bits: sums in any order, bf16 products where the weights are bf16, int8 activations
+    /// where they are quantised. GPUs run the exact forms' kernels.
     ///
     /// # Panics
     /// Where [`Self::try_fast_forward`] returns an error.
     pub fn fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) {
-        self.step(state, &[token], debug).unwrap_or_else(|e| panic!("{e}"));
+        self.step(state, &[token], Fast, debug).unwrap_or_else(|e| panic!("{e}"));
     }
 
     /// [`Self::forward`] without the panic. After an error the state is as before. `debug` reports each step to stderr.
@@ -188,7 +210,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// A token outside the vocabulary, a full context or cache, a state of another checkpoint, a lost device.
     pub fn try_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
-        self.step(state, &[token], debug)
+        self.step(state, &[token], Exact, debug)
     }
 
     /// [`Self::fast_forward`] without the panic.
@@ -196,7 +218,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`].
     pub fn try_fast_forward(&self, state: &mut InferenceState, token: u32, debug: bool) -> Result<()> {
-        self.step(state, &[token], debug)
+        self.step(state, &[token], Fast, debug)
     }
 
     /// Computes a whole prompt in chunks; the logits of its last token land in the state. The numerics of [`Self::forward`].
@@ -204,7 +226,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`], and for an empty prompt.
     pub fn prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, false)
+        self.step(state, tokens, Exact, false)
     }
 
     /// [`Self::prefill`] with the numerics of [`Self::fast_forward`].
@@ -212,7 +234,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn fast_prefill(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<()> {
-        self.step(state, tokens, false)
+        self.step(state, tokens, Fast, false)
     }
 
     /// [`Self::prefill`] that answers with the logits of every token: `[tokens, vocab_size]`.
@@ -251,8 +273,7 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::try_forward`]; another number of tokens than of states.
     pub fn forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
-        let tokens: Vec<&[u32]> = tokens.iter().map(std::slice::from_ref).collect();
-        self.grid.advance(states, &tokens, How::new(Want::Last)).map(drop)
+        self.step_each(states, tokens, Exact)
     }
 
     /// [`Self::forward_batch`] with the numerics of [`Self::fast_forward`].
@@ -260,11 +281,16 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::forward_batch`].
     pub fn fast_forward_batch(&self, states: &mut [&mut InferenceState], tokens: &[u32]) -> Result<()> {
-        self.forward_batch(states, tokens)
+        self.step_each(states, tokens, Fast)
     }
 
-    fn step(&self, state: &mut InferenceState, tokens: &[u32], debug: bool) -> Result<()> {
-        self.grid.advance(&mut [state], &[tokens], How { debug, ..How::new(Want::Last) }).map(drop)
+    fn step(&self, state: &mut InferenceState, tokens: &[u32], numerics: Numerics, debug: bool) -> Result<()> {
+        self.grid.advance(&mut [state], &[tokens], How { numerics, debug, ..How::new(Want::Last) }).map(drop)
+    }
+
+    fn step_each(&self, states: &mut [&mut InferenceState], tokens: &[u32], numerics: Numerics) -> Result<()> {
+        let tokens: Vec<&[u32]> = tokens.iter().map(std::slice::from_ref).collect();
+        self.grid.advance(states, &tokens, How { numerics, ..How::new(Want::Last) }).map(drop)
     }
 
     /// Every rank, where it is and what it holds.
@@ -287,6 +313,12 @@ impl<By> ParallelMistral<By> {
     /// If the model's driver thread has ended.
     pub fn collectives(&self) -> Result<u64> {
         self.grid.counts().map(|counts| counts.collectives)
+    }
+
+    /// What became of the tasks of all products on the CPU so far: a task is a chunk of a matrix's outputs.
+    #[must_use]
+    pub fn work_stats(&self) -> &WorkStealingStats {
+        &self.grid.stats
     }
 
     /// Pages of the KV cache that states hold now.

@@ -4,6 +4,7 @@ use super::pipeline::PipelineConfig;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::WorkDistributionConfig;
+use crate::kernels::quant::{self, QuantFormat};
 use crate::partition::{Partition, TensorParallelConfig};
 
 /// More threads than any machine has use for: starting them would take longer than computing.
@@ -46,6 +47,12 @@ pub struct ParallelConfig {
     pub threads: Option<usize>,
     /// Positions that the KV cache has room for, over all sequences; `None` leaves it to the model.
     pub kv_positions: Option<usize>,
+    /// What matrices are quantised to as they are loaded, on the CPU; `None` leaves them as the checkpoint stores them, in its mapped file.
+    /// The embedding, of which a token reads a row, always stays there.
+    pub weights: Option<QuantFormat>,
+    /// Whether quantised matrices are kept in a file beside the checkpoint, a file for each of its slices, and taken from there by the
+    /// next load that cuts the model in the same way. A file that is damaged, or of another checkpoint, is made anew.
+    pub cache_weights: bool,
     /// Whether `stages: None` asks for several.
     pipelined: bool,
 }
@@ -101,6 +108,25 @@ impl ParallelConfig {
         self
     }
 
+    /// Quantises matrices as they are loaded, on the CPU.
+    #[must_use]
+    pub fn weights(mut self, format: QuantFormat) -> Self {
+        self.weights = Some(format);
+        self
+    }
+
+    /// Keeps quantised matrices in files beside the checkpoint, for the next load.
+    #[must_use]
+    pub fn cache_weights(mut self) -> Self {
+        self.cache_weights = true;
+        self
+    }
+
+    /// The block of the weights' format, at whose multiples channels are cut.
+    pub(crate) fn granule(&self) -> usize {
+        self.weights.map_or(1, |_| quant::BLOCK)
+    }
+
     /// Several stages where no number was set.
     pub(crate) fn pipelined(self) -> Self {
         Self { pipelined: true, ..self }
@@ -118,7 +144,7 @@ impl ParallelConfig {
     /// one positive number a rank or one a device, or no micro-batches, threads or KV positions.
     pub fn validate(&self, config: &Config) -> Result<()> {
         self.tensor.validate()?;
-        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
+        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), self.granule())?;
         let counts =
             [("num_micro_batches", Some(self.pipeline.num_micro_batches)), ("threads", self.threads), ("kv_positions", self.kv_positions)];
         if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {

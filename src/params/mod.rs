@@ -33,6 +33,7 @@ struct Checkpoint {
     /// Every tensor of the model, and no other; a vector is a matrix of one row.
     tensors: HashMap<String, Matrix>,
     fingerprint: u64,
+    stamp: String,
     /// Read when text is first needed.
     tokenizer: OnceLock<Tokenizer>,
 }
@@ -69,9 +70,9 @@ impl Parameters {
             let matrix = file.matrix(&name, &shape)?;
             tensors.insert(name, matrix);
         }
-        let fingerprint = fingerprint::fingerprint(&json, &files);
+        let (fingerprint, stamp) = (fingerprint::fingerprint(&json, &files), fingerprint::stamp(&json, &files));
         let tokenizer = OnceLock::new();
-        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint, tokenizer })))
+        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint, stamp, tokenizer })))
     }
 
     /// The model's sizes and constants.
@@ -125,6 +126,11 @@ impl Parameters {
     #[must_use]
     pub fn fingerprint(&self) -> u64 {
         self.0.fingerprint
+    }
+
+    /// What tells whether what was once made of the checkpoint still holds: also changes where a file was written anew.
+    pub(crate) fn stamp(&self) -> String {
+        self.0.stamp.clone()
     }
 
     /// A row for each token: `[vocab_size, hidden_size]`.

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, UNIX_EPOCH};
 
 use memmap2::Mmap;
 use safetensors::Dtype;
@@ -48,6 +49,11 @@ impl SafetensorsFile {
     /// The whole file, as mapped.
     pub(super) fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// When the file was last written, since 1970, as the system says.
+    pub(super) fn written(&self) -> Option<Duration> {
+        self.path.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok()
     }
 
     /// The bytes before the data: the header and its length.

@@ -139,7 +139,7 @@ impl WorkStealingStats {
         self.stolen_tasks.load(Ordering::Relaxed) as f32 / created.max(1) as f32
     }
 
-    pub(super) fn count(&self, stolen: bool) {
+    pub(crate) fn count(&self, stolen: bool) {
         self.tasks_created.fetch_add(1, Ordering::Relaxed);
         let kind = if stolen { &self.stolen_tasks } else { &self.local_tasks };
         kind.fetch_add(1, Ordering::Relaxed);

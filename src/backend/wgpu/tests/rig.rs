@@ -12,7 +12,7 @@ use memmap2::MmapMut;
 use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
-use crate::backend::{Assignment, Batch, Flow, KvType, Opened, Place, Room, Row, Seq};
+use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Place, Room, Row, Seq};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
@@ -159,6 +159,7 @@ impl Model {
             config: &self.config,
             partition: &self.partition,
             tensor: &tensor,
+            packing: None,
         })
     }
 
@@ -172,7 +173,8 @@ impl Model {
 
     /// The reference: the same on the CPU.
     pub(super) fn on_cpu(&self) -> CpuPlace {
-        let threads = Threads { pool: Arc::new(Pool::new(Some(1)).unwrap()), work: WorkDistributionConfig::default() };
+        let threads =
+            Threads { pool: Arc::new(Pool::new(Some(1)).unwrap()), work: WorkDistributionConfig::default(), stats: Arc::default() };
         self.assign(|assignment| CpuPlace::new(&assignment, &threads)).unwrap()
     }
 
@@ -190,7 +192,7 @@ impl Model {
             (0..half).map(move |i| angle(i).cos() as f32).chain((0..half).map(move |i| angle(i).sin() as f32))
         });
         let rope = rope.collect();
-        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, copies: Vec::new(), rope, kv }
+        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, copies: Vec::new(), rope, kv, numerics: Numerics::Exact }
     }
 }
 

@@ -1,0 +1,270 @@
+//! Dot products with f32 activations.
+//!
+//! The order of additions is fixed, so that an output depends on its two rows alone. Blocks have the whole matrix's borders. Within
+//! a block there are four sums by k mod 4, each from zero as `s = fma(q, x, s)` with the weight's integer or level q, k rising;
+//! then `total = fma((s0 + s1) + (s2 + s3), d, total)`, block by block. An instruction set without FMA rounds the products.
+//!
+//! A single activation row takes weights from their tiles as they stream by. More rows share weights that are decoded to f32 first, some
+//! hundred columns of a few tiles, so that these stay in L2 and a block of activations in L1.
+
+use std::borrow::Cow;
+use std::ops::Range;
+
+use super::Isa;
+use super::format::BLOCK;
+use super::int8::block_of;
+use super::packed::{Packed, TILE};
+use super::tile::TileAt;
+use super::vectors::Vectors;
+
+/// Blocks that are decoded at once, of so many tiles, for so many activation rows.
+const CHUNK: usize = 8;
+const TILES: usize = 4;
+const PASS: usize = 256;
+/// Activation rows of the widest register tile.
+const WIDEST: usize = 8;
+
+/// Calls `put(row, i, w[row] . xs[i])` for every row of `rows`, which start at a multiple of [`TILE`], and every activation row.
+///
+/// # Panics
+/// If the rows are not the matrix's, or the activations' lengths don't fit it.
+pub(crate) fn packed_rows(w: &Packed, rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
+    packed_rows_on(Isa::best(), w, rows, xs, put);
+}
+
+pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f32]], mut put: impl FnMut(usize, usize, f32)) {
+    w.check(&rows);
+    for x in xs {
+        assert_eq!(x.len(), w.cols(), "an input of {} columns for a matrix of {}", x.len(), w.cols());
+    }
+    let levels = w.format().codebook().map(|levels| levels.map(f32::from));
+    let kernels = if levels.is_some() { Kernels::of::<true>(isa) } else { Kernels::of::<false>(isa) };
+    let levels = levels.unwrap_or([0.0; TILE]);
+    if let [x] = xs {
+        let x = padded(w, x);
+        for first in rows.clone().step_by(TILE) {
+            // SAFETY: the CPU has what `isa` names, here and below; the slices have the lengths that the shapes say.
+            let totals = unsafe { (kernels.single)(&w.tile_at(first / TILE), &levels, &x) };
+            for (r, total) in rows.clone().skip(first - rows.start).zip(totals) {
+                put(r, 0, total);
+            }
+        }
+        return;
+    }
+    let mut decoded = vec![[[0.0; TILE]; CHUNK * BLOCK]; TILES];
+    let mut panel = [[0.0; BLOCK]; CHUNK * WIDEST];
+    // A row of totals an activation row, and some that zero rows of the panel add to.
+    let stride = xs.len().min(PASS) + WIDEST;
+    let mut totals = vec![[0.0; TILE]; TILES * stride];
+    for (pass, xs) in xs.chunks(PASS).enumerate() {
+        for first in rows.clone().step_by(TILES * TILE) {
+            let tiles = first / TILE..rows.end.div_ceil(TILE).min(first / TILE + TILES);
+            totals.fill([0.0; TILE]);
+            for chunk in (0..w.shape.blocks()).step_by(CHUNK) {
+                let blocks = chunk..w.shape.blocks().min(chunk + CHUNK);
+                for (tile, out) in tiles.clone().zip(&mut decoded) {
+                    unsafe { (kernels.decode)(&w.tile_at(tile), blocks.clone(), &levels, out) };
+                }
+                let mut done = 0;
+                while done < xs.len() {
+                    let (width, product) = kernels.product(xs.len() - done);
+                    fill_panel(&mut panel, width, &xs[done..xs.len().min(done + width)], w.lead(), blocks.clone());
+                    for (t, tile) in tiles.clone().enumerate() {
+                        let totals = &mut totals[t * stride + done..][..width];
+                        unsafe { product(&w.tile_at(tile), blocks.clone(), &decoded[t], &panel, totals) };
+                    }
+                    done += width;
+                }
+            }
+            for (t, tile) in tiles.enumerate() {
+                for i in 0..xs.len() {
+                    for (r, total) in (tile * TILE..rows.end).zip(totals[t * stride + i]) {
+                        put(r, pass * PASS + i, total);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The row as the blocks have it, with zeros where it has no columns.
+fn padded<'x>(w: &Packed, x: &'x [f32]) -> Cow<'x, [f32]> {
+    if w.lead() == 0 && x.len().is_multiple_of(BLOCK) {
+        return Cow::Borrowed(x);
+    }
+    Cow::Owned((0..w.shape.blocks()).flat_map(|b| block_of(x, w.lead(), b)).collect())
+}
+
+/// Blocks of up to `width` rows, block by block; rows that are missing become zeros.
+fn fill_panel(panel: &mut Panel, width: usize, xs: &[&[f32]], lead: usize, blocks: Range<usize>) {
+    for (b, rows) in blocks.zip(panel.chunks_exact_mut(width)) {
+        for (i, row) in rows.iter_mut().enumerate() {
+            *row = xs.get(i).map_or([0.0; BLOCK], |x| block_of(x, lead, b));
+        }
+    }
+}
+
+type Panel = [[f32; BLOCK]; CHUNK * WIDEST];
+/// Columns of a tile.
+type Decoded = [[f32; TILE]; CHUNK * BLOCK];
+
+/// The totals of a tile with one activation row, of as many columns as the blocks have.
+type Single = unsafe fn(&TileAt<'_>, &[f32; 16], &[f32]) -> [f32; TILE];
+/// Decodes up to CHUNK blocks.
+type Decode = unsafe fn(&TileAt<'_>, Range<usize>, &[f32; 16], &mut Decoded);
+/// Adds to totals what the blocks contribute.
+type Product = unsafe fn(&TileAt<'_>, Range<usize>, &Decoded, &Panel, &mut [[f32; TILE]]);
+
+/// The kernels of a format and an instruction set.
+struct Kernels {
+    single: Single,
+    decode: Decode,
+    /// By the number of activation rows, narrow to wide.
+    products: &'static [(usize, Product)],
+}
+
+impl Kernels {
+    fn of<const NIBBLES: bool>(isa: Isa) -> Self {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Vnni | Isa::Avx512 => avx512::kernels::<NIBBLES>(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::kernels::<NIBBLES>(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels::<NIBBLES>(),
+            Isa::Portable => portable::kernels::<NIBBLES>(),
+        }
+    }
+
+    /// The kernel for so many activation rows, or the widest.
+    fn product(&self, rows: usize) -> (usize, Product) {
+        let fits = self.products.iter().find(|(width, _)| *width >= rows);
+        *fits.unwrap_or(&self.products[self.products.len() - 1])
+    }
+}
+
+/// The kernels compiled for an instruction set, with products of these widths.
+macro_rules! kernels {
+    ($name:ident, $lanes:ty, [$($width:literal),+] $(, $features:literal)?) => {
+        mod $name {
+            use super::*;
+
+            pub(super) fn kernels<const NIBBLES: bool>() -> Kernels {
+                Kernels { single: single::<NIBBLES>, decode: decode::<NIBBLES>, products: &[$(($width, product::<$width>)),+] }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn single<const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f32; 16], x: &[f32]) -> [f32; TILE] {
+                unsafe { super::single::<$lanes, NIBBLES>(tile, levels, x) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn decode<const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Range<usize>, levels: &[f32; 16], out: &mut Decoded) {
+                unsafe { super::decode::<$lanes, NIBBLES>(tile, blocks, levels, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn product<const C: usize>(tile: &TileAt<'_>, blocks: Range<usize>, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
+                unsafe { super::product::<$lanes, C>(tile, blocks, w, x, totals) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512, std::arch::x86_64::__m512, [2, 4, 8], "avx512f,avx512bw,avx512vl");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2, [std::arch::x86_64::__m256; 2], [2, 4], "avx2,fma,f16c");
+#[cfg(target_arch = "aarch64")]
+kernels!(neon, super::neon::Neon, [2, 4], "neon,fp16");
+kernels!(portable, [f32; 16], [2, 4]);
+
+/// What column k of a block is in [`columns`]' vectors: the 8-bit ones hold 4 columns, the 4-bit ones 4 and 4 that are 16 further on.
+#[inline(always)]
+unsafe fn columns<V: Vectors, const NIBBLES: bool>(p: *const u8, levels: V) -> [V; BLOCK] {
+    unsafe {
+        let mut out = [V::zero(); BLOCK];
+        for g in 0..if NIBBLES { 4 } else { 8 } {
+            if NIBBLES {
+                let eight = V::columns_4(p.add(64 * g), levels);
+                for j in 0..4 {
+                    out[4 * g + j] = eight[j];
+                    out[16 + 4 * g + j] = eight[4 + j];
+                }
+            } else {
+                let four = V::columns(p.add(64 * g));
+                for j in 0..4 {
+                    out[4 * g + j] = four[j];
+                }
+            }
+        }
+        out
+    }
+}
+
+/// `(s[0] + s[1]) + (s[2] + s[3])`
+#[inline(always)]
+unsafe fn sum<V: Vectors>(s: [V; 4]) -> V {
+    unsafe {
+        let one = V::splat(1.0);
+        s[0].fma(s[1], one).fma(s[2].fma(s[3], one), one)
+    }
+}
+
+#[inline(always)]
+unsafe fn single<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f32; 16], x: &[f32]) -> [f32; TILE] {
+    assert_eq!(x.len(), tile.blocks * BLOCK);
+    unsafe {
+        let levels = V::load_f32(levels.as_ptr());
+        let mut total = V::zero();
+        for b in 0..tile.blocks {
+            tile.prefetch::<V>(b);
+            let x = x.as_ptr().add(b * BLOCK);
+            let w = columns::<V, NIBBLES>(tile.quants(b), levels);
+            let mut s = [V::zero(); 4];
+            for k in 0..BLOCK {
+                s[k % 4] = s[k % 4].fma(w[k], V::splat(*x.add(k)));
+            }
+            total = total.fma(sum(s), V::load_f16(tile.scales(b)));
+        }
+        let mut out = [0.0; TILE];
+        total.store(out.as_mut_ptr());
+        out
+    }
+}
+
+#[inline(always)]
+unsafe fn decode<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Range<usize>, levels: &[f32; 16], out: &mut Decoded) {
+    assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks);
+    unsafe {
+        let levels = V::load_f32(levels.as_ptr());
+        for (b, out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
+            tile.prefetch::<V>(b);
+            let w = columns::<V, NIBBLES>(tile.quants(b), levels);
+            for k in 0..BLOCK {
+                w[k].store(out[k].as_mut_ptr());
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn product<V: Vectors, const C: usize>(tile: &TileAt<'_>, blocks: Range<usize>, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
+    assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks && totals.len() == C && C <= WIDEST);
+    unsafe {
+        for (at, b) in blocks.enumerate() {
+            let (w, x) = (w.as_ptr().add(at * BLOCK), x.as_ptr().add(at * C));
+            let mut s = [[V::zero(); C]; 4];
+            for j in 0..4 {
+                for k in (j..BLOCK).step_by(4) {
+                    let w = V::load_f32(w.add(k).cast());
+                    for i in 0..C {
+                        s[j][i] = s[j][i].fma(w, V::splat(*x.add(i).cast::<f32>().add(k)));
+                    }
+                }
+            }
+            let d = V::load_f16(tile.scales(b));
+            for i in 0..C {
+                let to = totals[i].as_mut_ptr();
+                V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), d).store(to);
+            }
+        }
+    }
+}

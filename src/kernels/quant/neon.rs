@@ -1,0 +1,163 @@
+//! [`Vectors`] of AArch64 with dot products and half precision.
+
+use std::arch::aarch64::*;
+
+use half::{bf16, f16};
+
+use super::vectors::Vectors;
+use crate::kernels::lanes::Lanes;
+
+/// Rows 0..4, 4..8, 8..12 and 12..16.
+#[derive(Clone, Copy)]
+pub(super) struct Neon([float32x4_t; 4]);
+
+impl Lanes for Neon {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        unsafe { Self::splat(0.0) }
+    }
+    #[inline(always)]
+    unsafe fn splat(v: f32) -> Self {
+        unsafe { Self([vdupq_n_f32(v); 4]) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        unsafe {
+            for i in 0..4 {
+                vst1q_f32(p.add(4 * i), self.0[i]);
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_f32(p: *const f32) -> Self {
+        unsafe { Self([vld1q_f32(p), vld1q_f32(p.add(4)), vld1q_f32(p.add(8)), vld1q_f32(p.add(12))]) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self {
+        unsafe { Self::load_f32(p.cast::<[f16; 16]>().read_unaligned().map(f16::to_f32).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        unsafe { Self::load_f32(<[f32; 16]>::load_bf16(p).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn fma(mut self, a: Self, b: Self) -> Self {
+        unsafe {
+            for i in 0..4 {
+                self.0[i] = vfmaq_f32(self.0[i], a.0[i], b.0[i]);
+            }
+            self
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        unsafe {
+            let mut lanes = [0.0; 16];
+            self.store(lanes.as_mut_ptr());
+            lanes.sum()
+        }
+    }
+}
+
+impl Vectors for Neon {
+    type Quants = [int8x16_t; 4];
+    type Sums = [int32x4_t; 4];
+    type Levels = int8x16_t;
+    const BIASED: bool = false;
+
+    #[inline(always)]
+    unsafe fn levels(levels: &[i8; 16]) -> int8x16_t {
+        unsafe { vld1q_s8(levels.as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn quants(p: *const u8) -> [int8x16_t; 4] {
+        unsafe {
+            let mut out = [vdupq_n_s8(0); 4];
+            for i in 0..4 {
+                out[i] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(p.add(16 * i)), vdupq_n_u8(0x80)));
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn quants_4(p: *const u8, levels: int8x16_t) -> [[int8x16_t; 4]; 2] {
+        unsafe {
+            let mut out = [[vdupq_n_s8(0); 4]; 2];
+            for i in 0..4 {
+                let both = vld1q_u8(p.add(16 * i));
+                out[0][i] = vqtbl1q_s8(levels, vandq_u8(both, vdupq_n_u8(15)));
+                out[1][i] = vqtbl1q_s8(levels, vshrq_n_u8::<4>(both));
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn sums(v: i32) -> [int32x4_t; 4] {
+        unsafe { [vdupq_n_s32(v); 4] }
+    }
+    #[inline(always)]
+    unsafe fn dot(mut sums: [int32x4_t; 4], quants: [int8x16_t; 4], x: *const i8) -> [int32x4_t; 4] {
+        unsafe {
+            let x = vreinterpretq_s8_s32(vdupq_n_s32(x.cast::<i32>().read_unaligned()));
+            for i in 0..4 {
+                sums[i] = sdot(sums[i], quants[i], x);
+            }
+            sums
+        }
+    }
+    #[inline(always)]
+    unsafe fn to_f32(sums: [int32x4_t; 4]) -> Self {
+        unsafe { Self([vcvtq_f32_s32(sums[0]), vcvtq_f32_s32(sums[1]), vcvtq_f32_s32(sums[2]), vcvtq_f32_s32(sums[3])]) }
+    }
+    #[inline(always)]
+    unsafe fn columns(p: *const u8) -> [Self; 4] {
+        unsafe { columns(Self::quants(p)) }
+    }
+    #[inline(always)]
+    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+        unsafe {
+            // All levels are small integers.
+            let mut values = [0.0; 16];
+            levels.store(values.as_mut_ptr());
+            let [low, high] = Self::quants_4(p, Self::levels(&values.map(|v| v as i8)));
+            let ([a, b, c, d], [e, f, g, h]) = (columns(low), columns(high));
+            [a, b, c, d, e, f, g, h]
+        }
+    }
+}
+
+/// Byte j of all lanes, for each j.
+///
+/// # Safety
+/// The CPU has NEON.
+#[inline(always)]
+unsafe fn columns(quants: [int8x16_t; 4]) -> [Neon; 4] {
+    unsafe {
+        let mut out = [Neon::zero(); 4];
+        for i in 0..4 {
+            let q = vreinterpretq_s32_s8(quants[i]);
+            out[0].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<24>(q)));
+            out[1].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<16>(q)));
+            out[2].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<8>(q)));
+            out[3].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(q));
+        }
+        out
+    }
+}
+
+/// `vdotq_s32`, which is not stable yet.
+///
+/// # Safety
+/// The CPU has the dot product instructions.
+#[inline(always)]
+unsafe fn sdot(mut sums: int32x4_t, a: int8x16_t, b: int8x16_t) -> int32x4_t {
+    unsafe {
+        std::arch::asm!(
+            ".arch_extension dotprod",
+            "sdot {s:v}.4s, {a:v}.16b, {b:v}.16b",
+            s = inout(vreg) sums, a = in(vreg) a, b = in(vreg) b,
+            options(pure, nomem, nostack, preserves_flags)
+        );
+    }
+    sums
+}

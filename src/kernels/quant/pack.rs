@@ -1,0 +1,132 @@
+//! Quantising a matrix into tiles.
+
+use std::ops::Range;
+
+use half::f16;
+use memmap2::MmapMut;
+
+use super::Isa;
+use super::encode::{Stored, encode};
+use super::format::{BLOCK, QuantFormat};
+use super::packed::{Packed, Shape, TILE};
+use crate::kernels::lanes::{Element, Lanes};
+use crate::kernels::matrix::{Matrix, Row};
+use crate::kernels::pool::{Scatter, for_each};
+
+impl Packed {
+    /// Quantises the weights at `rows` and `cols` of a whole matrix, on the threads of the pool that this is called in.
+    ///
+    /// Blocks have the whole matrix's borders: the neighbours' columns in a block that `cols` cuts are stored too. `done` is told
+    /// the bytes of the source that every finished tile took.
+    ///
+    /// # Panics
+    /// If a range reaches outside the matrix, or there is no memory.
+    pub(crate) fn quantise(
+        whole: &Matrix,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        format: QuantFormat,
+        done: &(dyn Fn(usize) + Sync),
+    ) -> Self {
+        Self::quantise_on(Isa::best(), whole, rows, cols, format, done)
+    }
+
+    pub(super) fn quantise_on(
+        isa: Isa,
+        whole: &Matrix,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        format: QuantFormat,
+        done: &(dyn Fn(usize) + Sync),
+    ) -> Self {
+        let shape = Shape { format, rows: rows.len(), cols: cols.len(), lead: cols.start % BLOCK };
+        // With all columns of its blocks, as far as the whole matrix has them.
+        let blocks = cols.start - shape.lead..cols.end.next_multiple_of(BLOCK).min(whole.cols()).max(cols.end);
+        let source = whole.slice(rows, blocks);
+        let mut storage = MmapMut::map_anon(shape.bytes().max(1)).expect("memory for the weights");
+        let tiles = Scatter::new(&mut storage);
+        for_each(shape.rows.div_ceil(TILE), |tile, _| {
+            // SAFETY: every tile is one task's.
+            let out = unsafe { tiles.range(tile * shape.tile_bytes()..(tile + 1) * shape.tile_bytes()) };
+            let rows = tile * TILE..shape.rows.min((tile + 1) * TILE);
+            let bytes = whole.dtype().bytes(rows.len() * shape.cols);
+            // SAFETY: the CPU has what `isa` names.
+            unsafe {
+                match isa {
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Vnni | Isa::Avx512 => avx512(&source, rows, shape, out),
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => avx2(&source, rows, shape, out),
+                    _ => fill::<[f32; 16]>(&source, rows, shape, out),
+                }
+            }
+            done(bytes);
+        });
+        Self::new(shape, storage.make_read_only().expect("the weights can be made read-only"))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+unsafe fn avx512(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
+    unsafe { fill::<std::arch::x86_64::__m512>(source, rows, shape, tile) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn avx2(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
+    unsafe { fill::<[std::arch::x86_64::__m256; 2]>(source, rows, shape, tile) }
+}
+
+/// Writes the tile of these rows, of which there may be fewer than 16: the others keep the zeros of new memory as their scales.
+#[inline(always)]
+unsafe fn fill<L: Lanes>(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
+    for (r, row) in rows.enumerate() {
+        unsafe {
+            match source.row(row) {
+                Row::F32(values) => fill_row::<L, _>(values, r, shape, tile),
+                Row::F16(values) => fill_row::<L, _>(values, r, shape, tile),
+                Row::Bf16(values) => fill_row::<L, _>(values, r, shape, tile),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn fill_row<L: Lanes, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
+    let (quants, scales) = tile.split_at_mut(shape.quants());
+    let (whole, tail) = values.as_chunks::<BLOCK>();
+    let mut last = [W::default(); BLOCK];
+    last[..tail.len()].copy_from_slice(tail);
+    let blocks = quants.chunks_exact_mut(shape.block_bytes()).zip(scales.chunks_exact_mut(TILE * size_of::<f16>()));
+    for (b, (quants, scales)) in blocks.enumerate() {
+        let values = whole.get(b).unwrap_or(&last);
+        let mut x = [0.0f32; BLOCK];
+        unsafe {
+            W::load::<L>(values.as_ptr()).store(x.as_mut_ptr());
+            W::load::<L>(values.as_ptr().add(16)).store(x.as_mut_ptr().add(16));
+        }
+        let (scale, stored) = encode(shape.format, &x);
+        scales[2 * r..2 * r + 2].copy_from_slice(&scale.to_ne_bytes());
+        lay_out(&stored, quants, r);
+    }
+}
+
+/// Row r's dwords of a block: see [`super::packed`].
+#[inline(always)]
+fn lay_out(stored: &Stored, quants: &mut [u8], r: usize) {
+    if quants.len() == TILE * BLOCK {
+        for (vector, four) in quants.chunks_exact_mut(64).zip(stored.as_chunks::<4>().0) {
+            vector[4 * r..4 * r + 4].copy_from_slice(four);
+        }
+    } else {
+        let (low, high) = stored.split_at(BLOCK / 2);
+        let mut both = [0; BLOCK / 2];
+        for ((both, low), high) in both.iter_mut().zip(low).zip(high) {
+            *both = low | high << 4;
+        }
+        for (vector, four) in quants.chunks_exact_mut(64).zip(both.as_chunks::<4>().0) {
+            vector[4 * r..4 * r + 4].copy_from_slice(four);
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! [`Packed`]: a quantised weight in the layout that the kernels read.
+//!
+//! Tiles of 16 rows. A tile is all its quants, then all its scales, padded to a multiple of 64 bytes:
+//!
+//! - the quants of a block of 8-bit values are 8 vectors of 64 bytes; dword r of vector g holds columns 4g..4g+4 of row r, as q + 128;
+//! - those of a block of 4-bit values are 4 vectors: the low nibbles are such a vector g, the high ones vector g + 4;
+//! - the scales are 16 f16 a block, one a row.
+//!
+//! Blocks have the borders of the whole matrix: in front of a slice that starts inside a block stand `lead` columns of its neighbours,
+//! with their values, so that a slice stores the very weights of the whole; its inputs are zero there, as behind its last column.
+//! Rows beyond the last have scales of zero.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::f16;
+use memmap2::Mmap;
+
+use super::format::{BLOCK, QuantFormat};
+
+/// Weight rows of a tile: the rows of a task start at a multiple of it.
+pub(crate) const TILE: usize = 16;
+
+/// The measures of a packed weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub format: QuantFormat,
+    pub rows: usize,
+    pub cols: usize,
+    pub lead: usize,
+}
+
+impl Shape {
+    pub fn blocks(&self) -> usize {
+        (self.lead + self.cols).div_ceil(BLOCK)
+    }
+
+    /// Bytes of the quants of one block of a tile.
+    pub fn block_bytes(&self) -> usize {
+        TILE * self.format.quant_bytes()
+    }
+
+    /// Bytes of a tile before its scales.
+    pub fn quants(&self) -> usize {
+        self.blocks() * self.block_bytes()
+    }
+
+    pub fn tile_bytes(&self) -> usize {
+        (self.quants() + self.blocks() * TILE * size_of::<f16>()).next_multiple_of(64)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.rows.div_ceil(TILE) * self.tile_bytes()
+    }
+}
+
+/// A quantised weight, 2-D as [`Matrix`](crate::Matrix) is. Cloning copies nothing.
+#[derive(Clone)]
+pub(crate) struct Packed {
+    pub(super) shape: Shape,
+    storage: Arc<Mmap>,
+    offset: usize,
+}
+
+impl Packed {
+    /// Bytes of a packed weight of so many rows, and columns including those in front of a slice.
+    pub(crate) fn bytes_for(format: QuantFormat, rows: usize, lead_plus_cols: usize) -> usize {
+        Shape { format, rows, cols: lead_plus_cols, lead: 0 }.bytes()
+    }
+
+    /// A packed weight inside a mapped file, from byte `offset`.
+    ///
+    /// # Errors
+    /// If the bytes lie outside the file, `offset` is not a multiple of 64, or `lead` reaches beyond a block.
+    pub(crate) fn mapped(
+        file: Arc<Mmap>,
+        offset: usize,
+        format: QuantFormat,
+        rows: usize,
+        cols: usize,
+        lead: usize,
+    ) -> Result<Self, String> {
+        let name = format.name();
+        if lead >= BLOCK {
+            return Err(format!("has {lead} columns in front of its first: a block of {name} has {BLOCK}"));
+        }
+        if !offset.is_multiple_of(64) {
+            return Err(format!("starts at byte {offset}, which is not a multiple of 64"));
+        }
+        // At most 2 bytes a weight: beyond this the sums of `Shape` could overflow.
+        let sane = (rows.checked_add(2 * TILE)).zip(cols.checked_add(2 * BLOCK)).and_then(|(r, c)| r.checked_mul(c)?.checked_mul(2));
+        let shape = Shape { format, rows, cols, lead };
+        let end = sane.and_then(|_| offset.checked_add(shape.bytes()));
+        match end {
+            None => Err(format!("of {rows} x {cols} elements is too large to address")),
+            Some(end) if end > file.len() => Err(format!("ends at byte {end} of a file of {}", file.len())),
+            Some(_) => Ok(Self { shape, storage: file, offset }),
+        }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.shape.rows
+    }
+
+    pub(crate) fn cols(&self) -> usize {
+        self.shape.cols
+    }
+
+    /// Columns in front of the first one, which its inputs don't have.
+    pub(crate) fn lead(&self) -> usize {
+        self.shape.lead
+    }
+
+    pub(crate) fn format(&self) -> QuantFormat {
+        self.shape.format
+    }
+
+    /// Bytes that it takes in memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.shape.bytes()
+    }
+
+    /// The tiles, as they would be written to a file.
+    pub(crate) fn data(&self) -> &[u8] {
+        &self.storage[self.offset..][..self.bytes()]
+    }
+
+    /// The quants and the scales of the tile that starts at row `TILE * tile`.
+    pub(super) fn tile(&self, tile: usize) -> (&[u8], &[f16]) {
+        let bytes = &self.data()[tile * self.shape.tile_bytes()..][..self.shape.tile_bytes()];
+        let (quants, scales) = bytes.split_at(self.shape.quants());
+        (quants, bytemuck::cast_slice(&scales[..self.shape.blocks() * TILE * size_of::<f16>()]))
+    }
+
+    /// What the weights of row `r` are worth, exactly: `[cols]`.
+    ///
+    /// # Panics
+    /// If `r` or the length of `out` doesn't fit the matrix.
+    pub(crate) fn row_to_f32(&self, r: usize, out: &mut [f32]) {
+        let Shape { rows, cols, lead, format } = self.shape;
+        assert!(r < rows, "row {r} of a matrix of {rows} rows");
+        assert_eq!(out.len(), cols, "a row of {cols} columns");
+        let (quants, scales) = self.tile(r / TILE);
+        for (i, out) in out.iter_mut().enumerate() {
+            let (block, k) = ((lead + i) / BLOCK, (lead + i) % BLOCK);
+            let q = quant(format, &quants[block * self.shape.block_bytes()..], r % TILE, k);
+            *out = f32::from(q) * scales[block * TILE + r % TILE].to_f32();
+        }
+    }
+
+    /// The columns of a whole matrix that the blocks of its columns `cols` have.
+    pub(super) fn whole_blocks(cols: &Range<usize>) -> Range<usize> {
+        cols.start - cols.start % BLOCK..cols.end.next_multiple_of(BLOCK)
+    }
+}
+
+/// Weight k of row r of a block, in units of its scale.
+pub(super) fn quant(format: QuantFormat, block: &[u8], r: usize, k: usize) -> i8 {
+    let at = |k: usize| block[k / 4 * 64 + 4 * r + k % 4];
+    match format.codebook() {
+        None => (at(k) ^ 0x80) as i8,
+        Some(levels) if k < BLOCK / 2 => levels[usize::from(at(k) & 15)],
+        Some(levels) => levels[usize::from(at(k - BLOCK / 2) >> 4)],
+    }
+}
+impl Packed {
+    /// Takes tiles that were just written.
+    pub(super) fn new(shape: Shape, storage: Mmap) -> Self {
+        Self { shape, storage: Arc::new(storage), offset: 0 }
+    }
+}

@@ -1,0 +1,350 @@
+//! Every instruction set against the definitions, one weight at a time.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use half::{bf16, f16};
+use memmap2::MmapMut;
+
+use super::exact::packed_rows_on;
+use super::fast::packed_rows_int8_on;
+use super::format::BLOCK;
+use super::{Int8Rows, Isa, Packed, QuantFormat, TILE};
+use crate::kernels::matrix::{DType, Matrix};
+
+fn values(n: usize, seed: u32) -> Vec<f32> {
+    let mut s = seed.wrapping_mul(2_654_435_761) | 1;
+    let mut next = || {
+        s ^= s << 13;
+        s ^= s >> 17;
+        s ^= s << 5;
+        (s >> 8) as f32 / (1 << 23) as f32 - 1.0
+    };
+    // Bell-shaped, as weights are.
+    (0..n).map(|_| next() + next() + next()).collect()
+}
+
+fn quantise(isa: Isa, whole: &Matrix, rows: Range<usize>, cols: Range<usize>, format: QuantFormat) -> Packed {
+    Packed::quantise_on(isa, whole, rows, cols, format, &|_| {})
+}
+
+fn row(w: &Packed, r: usize) -> Vec<f32> {
+    let mut out = vec![0.0; w.cols()];
+    w.row_to_f32(r, &mut out);
+    out
+}
+
+/// What a row of one block becomes.
+fn stored(isa: Isa, format: QuantFormat, x: &[f32]) -> Vec<f32> {
+    let w = quantise(isa, &Matrix::from_f32(1, x.len(), x.to_vec()), 0..1, 0..x.len(), format);
+    row(&w, 0)
+}
+
+/// The rows of an odd matrix, a whole one and slices that start in the midst of a block and end in one.
+const SHAPES: [(usize, usize, Range<usize>, Range<usize>); 8] = [
+    (1, 1, 0..1, 0..1),
+    (16, 32, 0..16, 0..32),
+    (17, 600, 0..17, 0..600),
+    (50, 97, 3..50, 0..97),
+    (40, 300, 5..38, 7..260),
+    (20, 600, 0..20, 31..33),
+    (3, 128, 0..3, 64..128),
+    (49, 512, 1..49, 95..512),
+];
+
+#[test]
+fn the_exact_form_has_the_bits_of_the_documented_order_for_any_rows_and_batch() {
+    for (rows, cols, r, c) in SHAPES {
+        let whole = Matrix::from_f32(rows, cols, values(rows * cols, 1));
+        for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
+            let w = quantise(isa, &whole, r.clone(), c.clone(), format);
+            let (lead, weights) = (w.lead(), (0..w.rows()).map(|r| units(&w, r)).collect::<Vec<_>>());
+            for n in (1..=20).chain([40, 300]) {
+                let x: Vec<Vec<f32>> = (0..n).map(|i| values(w.cols(), 7 + i as u32)).collect();
+                let xs: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
+                // All rows, and a task's.
+                for range in [0..w.rows(), w.rows() / TILE / 2 * TILE..w.rows()] {
+                    let mut seen = vec![0; w.rows() * n];
+                    packed_rows_on(isa, &w, range.clone(), &xs, |r, i, got| {
+                        // Some of them: the twin is slow.
+                        if n < 6 || (r + i) % 5 == 0 {
+                            let want = exact_twin(isa, &weights[r], xs[i], lead);
+                            assert_eq!(got.to_bits(), want.to_bits(), "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}");
+                        }
+                        seen[r * n + i] += 1;
+                    });
+                    let wanted = (0..w.rows() * n).map(|at| i32::from(range.contains(&(at / n))));
+                    assert!(seen.into_iter().eq(wanted), "{isa:?} {format:?}: every output once");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_int8_form_has_the_bits_of_the_documented_order_for_any_rows_and_batch() {
+    for (rows, cols, r, c) in SHAPES {
+        let whole = Matrix::from_f32(rows, cols, values(rows * cols, 1));
+        for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
+            let w = quantise(isa, &whole, r.clone(), c.clone(), format);
+            let (lead, weights) = (w.lead(), (0..w.rows()).map(|r| units(&w, r)).collect::<Vec<_>>());
+            for n in (1..=20).chain([40, 300]) {
+                let x: Vec<Vec<f32>> = (0..n).map(|i| values(w.cols(), 7 + i as u32)).collect();
+                let xs: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
+                let int8 = Int8Rows::quantise(&xs, lead);
+                for range in [0..w.rows(), w.rows() / TILE / 2 * TILE..w.rows()] {
+                    let mut seen = vec![0; w.rows() * n];
+                    packed_rows_int8_on(isa, &w, range.clone(), &int8, |r, i, got| {
+                        if n < 6 || (r + i) % 5 == 0 {
+                            let want = int8_twin(isa, &weights[r], xs[i], lead);
+                            assert_eq!(got.to_bits(), want.to_bits(), "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}");
+                        }
+                        seen[r * n + i] += 1;
+                    });
+                    let wanted = (0..w.rows() * n).map(|at| i32::from(range.contains(&(at / n))));
+                    assert!(seen.into_iter().eq(wanted), "{isa:?} {format:?}: every output once");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_instruction_set_stores_what_the_definitions_say_from_every_dtype() {
+    let (rows, cols) = (19, 150);
+    let floats = values(rows * cols, 5);
+    for (whole, floats) in matrices(rows, cols, &floats) {
+        for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
+            let w = quantise(isa, &whole, 0..rows, 0..cols, format);
+            for r in 0..rows {
+                let blocks = floats[r * cols..][..cols].chunks(BLOCK);
+                let want: Vec<f32> = blocks.flat_map(|x| defined(format, x)).take(cols).collect();
+                assert_eq!(row(&w, r), want, "{isa:?} {whole:?} row {r} as {format:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_slice_stores_the_weights_of_the_whole_matrix() {
+    let (rows, cols) = (37, 500);
+    let whole = Matrix::from_f32(rows, cols, values(rows * cols, 9));
+    for format in QuantFormat::ALL {
+        let all = quantise(Isa::best(), &whole, 0..rows, 0..cols, format);
+        for (r, c) in
+            [(0..37, 0..500), (5..20, 1..500), (16..37, 33..34), (1..2, 250..499), (0..16, 480..500), (7..7, 3..9), (0..3, 40..40)]
+        {
+            let slice = quantise(Isa::best(), &whole, r.clone(), c.clone(), format);
+            assert_eq!((slice.rows(), slice.cols(), slice.lead()), (r.len(), c.len(), c.start % BLOCK));
+            assert_eq!(slice.bytes(), Packed::bytes_for(format, r.len(), slice.lead() + c.len()));
+            for i in 0..r.len() {
+                assert_eq!(row(&slice, i), row(&all, r.start + i)[c.clone()], "{format:?} row {i} of {r:?} x {c:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn errors_stay_within_what_each_format_promises() {
+    let n = 1 << 16;
+    let x = values(n, 11);
+    let power: f32 = x.iter().map(|x| x * x).sum();
+    let errors = QuantFormat::ALL.map(|format| {
+        let got = stored(Isa::best(), format, &x);
+        for (x, got) in x.chunks(BLOCK).zip(got.chunks(BLOCK)) {
+            let amax = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            // Half a step, and what the rounding of the scale to f16 adds to the largest; q4_0 has no level for -max.
+            let most = match format {
+                QuantFormat::Q8_0 => amax * (0.5 / 127.0 + 0.0005),
+                QuantFormat::Q4_0 => amax * (1.0 / 8.0 + 0.0005),
+                QuantFormat::Iq4Nl => amax * 0.16,
+            };
+            assert!(x.iter().zip(got).all(|(x, got)| (x - got).abs() <= most), "{format:?}: {x:?} became {got:?}");
+        }
+        (x.iter().zip(&got).map(|(x, got)| (x - got) * (x - got)).sum::<f32>() / power).sqrt()
+    });
+    let [q8_0, q4_0, iq4_nl] = errors;
+    assert!(q8_0 < 0.007 && q4_0 < 0.1 && iq4_nl < 0.08, "{errors:?}");
+}
+
+#[test]
+fn hostile_values_stay_in_their_blocks_and_huge_ones_saturate() {
+    let ramp: Vec<f32> = (0..BLOCK).map(|i| i as f32 - 15.5).collect();
+    let (nan, inf) = (f32::NAN, f32::INFINITY);
+    for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
+        let of = |x: &[f32]| stored(isa, format, x);
+        let ordinary = of(&ramp);
+        for bad in [nan, inf, -inf, -nan] {
+            let mut x = [&ramp[..], &ramp, &ramp].concat();
+            x[BLOCK + 3] = bad;
+            let got = of(&x);
+            assert_eq!([&got[..BLOCK], &got[2 * BLOCK..]], [&ordinary[..]; 2], "{isa:?} {format:?}: the neighbours of {bad}");
+            assert!(got[BLOCK..2 * BLOCK].iter().all(|v| v.is_nan()), "{isa:?} {format:?}: a block with {bad}");
+        }
+        for zero in [0.0, -0.0, 1e-45, -1e-40, 1e-30, 1e-12, 1e-8] {
+            assert!(of(&[zero; 40]).iter().all(|v| *v == 0.0), "{isa:?} {format:?}: {zero} is below every scale");
+        }
+        // The smallest scales are subnormal in f16: still no error beyond a step.
+        for tiny in [1e-4, 1e-5, 3e-6] {
+            let got = of(&[tiny, -tiny, tiny / 2.0, 0.0]);
+            assert!(got.iter().all(|v| v.abs() <= 2.5 * tiny), "{isa:?} {format:?}: {tiny} became {got:?}");
+        }
+        for huge in [1e9, f32::MAX] {
+            let got = of(&[huge, -huge, huge / 2.0, 1.0]);
+            assert!(got.iter().all(|v| v.is_finite()), "{isa:?} {format:?}: {huge} became {got:?}");
+            assert!(got[0] >= 65504.0 * 7.0 && got[1] <= -65504.0 * 7.0, "{isa:?} {format:?}: {huge} became {got:?}");
+        }
+    }
+}
+
+#[test]
+fn a_hostile_activation_spoils_its_own_row_alone() {
+    let whole = Matrix::from_f32(5, 100, values(500, 2));
+    for (format, isa) in QuantFormat::ALL.into_iter().flat_map(|f| Isa::available().into_iter().map(move |isa| (f, isa))) {
+        let w = quantise(isa, &whole, 0..5, 0..100, format);
+        let (good, mut bad) = (values(100, 3), values(100, 3));
+        for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            bad[50] = poison;
+            let x = Int8Rows::quantise(&[&good, &bad, &good], 0);
+            packed_rows_int8_on(isa, &w, 0..5, &x, |r, i, got| assert_eq!(got.is_nan(), i == 1, "{isa:?} {format:?} row {r}, input {i}"));
+            packed_rows_on(isa, &w, 0..5, &[&good, &bad, &good], |r, i, got| {
+                assert_eq!(got.is_finite(), i != 1, "{isa:?} {format:?} row {r}, input {i}");
+            });
+        }
+        // Denormal and huge activations become finite numbers.
+        for scale in [1e-45, 1e-38, 1e30] {
+            let x: Vec<f32> = good.iter().map(|v| v * scale).collect();
+            packed_rows_int8_on(isa, &w, 0..5, &Int8Rows::quantise(&[&x], 0), |_, _, got| assert!(got.is_finite()));
+        }
+    }
+}
+
+#[test]
+fn a_mapped_weight_is_what_was_written_and_one_that_does_not_fit_is_refused() {
+    let whole = Matrix::from_f32(21, 90, values(21 * 90, 4));
+    let w = quantise(Isa::best(), &whole, 0..21, 40..90, QuantFormat::Iq4Nl);
+    let mut file = MmapMut::map_anon(64 + w.bytes()).unwrap();
+    file[64..].copy_from_slice(w.data());
+    let file = Arc::new(file.make_read_only().unwrap());
+    let mapped = |offset, rows, cols, lead| Packed::mapped(file.clone(), offset, QuantFormat::Iq4Nl, rows, cols, lead);
+    let read = mapped(64, 21, 50, 8).unwrap();
+    for r in 0..21 {
+        assert_eq!(row(&read, r), row(&w, r));
+    }
+    for (bad, why) in [
+        (mapped(64, 33, 50, 8), "ends at byte"),
+        (mapped(128, 21, 50, 8), "ends at byte"),
+        (mapped(32, 21, 50, 8), "not a multiple of 64"),
+        (mapped(64, 21, 50, 32), "columns in front"),
+        (mapped(64, usize::MAX, 2, 0), "too large"),
+        (mapped(64, 1 << 40, 1 << 40, 0), "too large"),
+        (mapped(usize::MAX - 63, 1, 1, 0), "too large"),
+    ] {
+        let error = bad.err().unwrap();
+        assert!(error.contains(why), "{error}");
+    }
+}
+
+#[test]
+fn all_bytes_of_the_source_are_reported_done() {
+    let whole = Matrix::from_f32(50, 70, values(50 * 70, 4));
+    let bytes = AtomicUsize::new(0);
+    let report = |n| _ = bytes.fetch_add(n, Ordering::Relaxed);
+    Packed::quantise(&whole, 1..50, 5..70, QuantFormat::Q4_0, &report);
+    assert_eq!(bytes.into_inner(), 49 * 65 * 4);
+}
+
+#[test]
+fn names_are_found_again() {
+    for format in QuantFormat::ALL {
+        assert_eq!(QuantFormat::from_name(format.name()), Some(format));
+    }
+    assert_eq!(QuantFormat::from_name("q5_0"), None);
+}
+
+/// The same values as every dtype stores them, and those values.
+fn matrices(rows: usize, cols: usize, values: &[f32]) -> [(Matrix, Vec<f32>); 3] {
+    let f16s: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
+    let bf16s: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
+    let mapped = |dtype, bytes: &[u8]| {
+        let mut map = MmapMut::map_anon(bytes.len()).unwrap();
+        map.copy_from_slice(bytes);
+        Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
+    };
+    [
+        (Matrix::from_f32(rows, cols, values.to_vec()), values.to_vec()),
+        (mapped(DType::F16, bytemuck::cast_slice(&f16s)), f16s.iter().map(|v| v.to_f32()).collect()),
+        (mapped(DType::Bf16, bytemuck::cast_slice(&bf16s)), bf16s.iter().map(|v| v.to_f32()).collect()),
+    ]
+}
+
+/// A block as the format's definition has it.
+fn defined(format: QuantFormat, x: &[f32]) -> Vec<f32> {
+    let max = x.iter().copied().fold(0.0f32, |m, v| if v.abs() > m.abs() { v } else { m });
+    let half = |d: f32| f16::from_f32(d).to_f32();
+    match format {
+        QuantFormat::Q8_0 => {
+            let d = max.abs() / 127.0;
+            x.iter().map(|x| (x * (1.0 / d)).round() * half(d)).collect()
+        }
+        QuantFormat::Q4_0 => {
+            let d = max / -8.0;
+            x.iter().map(|x| ((x * (1.0 / d) + 8.5).trunc().min(15.0) - 8.0) * half(d)).collect()
+        }
+        QuantFormat::Iq4Nl => {
+            let levels = format.codebook().unwrap();
+            // Of two as near, the upper one.
+            let far = |level: i8, v: f32| (f32::from(level) - v).abs();
+            let nearest = |v: f32| f32::from(*levels.iter().rev().min_by(|a, b| far(**a, v).total_cmp(&far(**b, v))).unwrap());
+            // The best scale of those that the candidates lead to, by the error that it leaves, weighted by the square.
+            let scales = super::encode::TARGETS.map(|target| {
+                let chosen = || x.iter().map(|x| (f64::from(*x), f64::from(nearest(x * (1.0 / max) * target))));
+                let products: f64 = chosen().map(|(x, q)| x * x * q * x).sum();
+                let squares: f64 = chosen().map(|(x, q)| x * x * q * q).sum();
+                (products * products / squares, products / squares)
+            });
+            let d = scales.into_iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap().1;
+            let d = half(d as f32);
+            x.iter().map(|x| nearest(x * (1.0 / d)) * d).collect()
+        }
+    }
+}
+
+/// The blocks of row r: what its values are worth in units of the scale, and the scale.
+fn units(w: &Packed, r: usize) -> Vec<([i8; BLOCK], f32)> {
+    let (quants, scales) = w.tile(r / TILE);
+    let block = |b: usize| std::array::from_fn(|k| super::packed::quant(w.format(), &quants[b * w.shape.block_bytes()..], r % TILE, k));
+    (0..w.shape.blocks()).map(|b| (block(b), scales[b * TILE + r % TILE].to_f32())).collect()
+}
+
+fn fma(isa: Isa, a: f32, b: f32, sum: f32) -> f32 {
+    if isa == Isa::Portable { sum + a * b } else { a.mul_add(b, sum) }
+}
+
+/// The order that the head of `exact` promises.
+fn exact_twin(isa: Isa, w: &[([i8; BLOCK], f32)], x: &[f32], lead: usize) -> f32 {
+    let x = [&vec![0.0; lead][..], x, &[0.0; BLOCK]].concat();
+    let mut total = 0.0;
+    for ((q, d), x) in w.iter().zip(x.chunks_exact(BLOCK)) {
+        let mut s = [0.0f32; 4];
+        for k in 0..BLOCK {
+            s[k % 4] = fma(isa, f32::from(q[k]), x[k], s[k % 4]);
+        }
+        total = fma(isa, (s[0] + s[1]) + (s[2] + s[3]), *d, total);
+    }
+    total
+}
+
+/// The order that the head of `fast` promises.
+fn int8_twin(isa: Isa, w: &[([i8; BLOCK], f32)], x: &[f32], lead: usize) -> f32 {
+    let x = [&vec![0.0; lead][..], x, &[0.0; BLOCK]].concat();
+    let mut total = 0.0;
+    for ((q, d), x) in w.iter().zip(x.chunks_exact(BLOCK)) {
+        let amax = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+        let inverse = if amax == 0.0 { 0.0 } else { 127.0 / amax };
+        let dot: i32 = q.iter().zip(x).map(|(q, x)| i32::from(*q) * (x * inverse).round_ties_even() as i32).sum();
+        total = fma(isa, dot as f32, d * (amax / 127.0), total);
+    }
+    total
+}

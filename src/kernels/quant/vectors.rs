@@ -1,0 +1,108 @@
+//! What the kernels of quantised weights need of an instruction set, beyond [`Lanes`]: the lanes are the 16 rows of a tile.
+
+use crate::kernels::lanes::Lanes;
+
+/// Vectors of 64 quants: 4 columns of 16 rows, a dword a row.
+pub(super) trait Vectors: Lanes {
+    /// 64 quants as factors of a dot product.
+    type Quants: Copy;
+    /// 16 sums.
+    type Sums: Copy;
+    /// What the 16 values of 4 bits are worth as factors.
+    type Levels: Copy;
+    /// The factors are 128 above what they are worth, and so unsigned; otherwise they are exact.
+    const BIASED: bool;
+
+    /// # Safety
+    /// The CPU has the instructions of the implementation, here and below.
+    unsafe fn levels(levels: &[i8; 16]) -> Self::Levels;
+    /// A vector of 8-bit values.
+    ///
+    /// # Safety
+    /// `p` points to 64 readable bytes, here and below.
+    unsafe fn quants(p: *const u8) -> Self::Quants;
+    /// The low and the high halves of a vector of 4-bit values.
+    ///
+    /// # Safety
+    /// As [`Vectors::quants`].
+    unsafe fn quants_4(p: *const u8, levels: Self::Levels) -> [Self::Quants; 2];
+    /// 16 times the same.
+    ///
+    /// # Safety
+    /// As [`Vectors::levels`].
+    unsafe fn sums(v: i32) -> Self::Sums;
+    /// Adds to each lane its row's 4 products with the 4 values at `x`, which are not -128.
+    ///
+    /// # Safety
+    /// `x` points to 4 readable values.
+    unsafe fn dot(sums: Self::Sums, quants: Self::Quants, x: *const i8) -> Self::Sums;
+    /// # Safety
+    /// As [`Vectors::levels`].
+    unsafe fn to_f32(sums: Self::Sums) -> Self;
+
+    /// The 4 columns of a vector of 8-bit values.
+    ///
+    /// # Safety
+    /// As [`Vectors::quants`].
+    unsafe fn columns(p: *const u8) -> [Self; 4];
+    /// The 4 columns in the low halves of a vector of 4-bit values, then those in the high ones.
+    ///
+    /// # Safety
+    /// As [`Vectors::quants`].
+    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8];
+}
+
+/// Any CPU.
+impl Vectors for [f32; 16] {
+    type Quants = [i8; 64];
+    type Sums = [i32; 16];
+    type Levels = [i8; 16];
+    const BIASED: bool = false;
+
+    #[inline(always)]
+    unsafe fn levels(levels: &[i8; 16]) -> [i8; 16] {
+        *levels
+    }
+    #[inline(always)]
+    unsafe fn quants(p: *const u8) -> [i8; 64] {
+        unsafe { p.cast::<[u8; 64]>().read_unaligned() }.map(|q| (q ^ 0x80) as i8)
+    }
+    #[inline(always)]
+    unsafe fn quants_4(p: *const u8, levels: [i8; 16]) -> [[i8; 64]; 2] {
+        let both = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
+        [both.map(|q| levels[usize::from(q & 15)]), both.map(|q| levels[usize::from(q >> 4)])]
+    }
+    #[inline(always)]
+    unsafe fn sums(v: i32) -> [i32; 16] {
+        [v; 16]
+    }
+    #[inline(always)]
+    unsafe fn dot(mut sums: [i32; 16], quants: [i8; 64], x: *const i8) -> [i32; 16] {
+        let x = unsafe { x.cast::<[i8; 4]>().read_unaligned() };
+        for (sum, q) in sums.iter_mut().zip(quants.as_chunks::<4>().0) {
+            for j in 0..4 {
+                *sum += i32::from(q[j]) * i32::from(x[j]);
+            }
+        }
+        sums
+    }
+    #[inline(always)]
+    unsafe fn to_f32(sums: [i32; 16]) -> Self {
+        sums.map(|s| s as f32)
+    }
+    #[inline(always)]
+    unsafe fn columns(p: *const u8) -> [Self; 4] {
+        let quants = unsafe { Self::quants(p) };
+        std::array::from_fn(|j| std::array::from_fn(|r| f32::from(quants[4 * r + j])))
+    }
+    #[inline(always)]
+    unsafe fn columns_4(p: *const u8, levels: Self) -> [Self; 8] {
+        let both = unsafe { p.cast::<[u8; 64]>().read_unaligned() };
+        std::array::from_fn(|i| {
+            std::array::from_fn(|r| {
+                let q = both[4 * r + i % 4];
+                levels[usize::from(if i < 4 { q & 15 } else { q >> 4 })]
+            })
+        })
+    }
+}
