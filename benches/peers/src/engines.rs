@@ -10,7 +10,7 @@ use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::{mistral, quantized_llama};
-use torchless::{InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral};
+use torchless::{Config, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral};
 
 use crate::{Format, Work};
 
@@ -38,16 +38,22 @@ pub struct Torchless {
 }
 
 impl Torchless {
-    /// `None` if torchless doesn't have the format.
-    pub fn load(models: &Path, format: Format, threads: usize, positions: usize) -> Result<Option<Self>> {
+    /// Quantised weights are made of the bf16 ones as they are loaded.
+    pub fn load(models: &Path, format: Format, threads: usize, positions: usize) -> Result<Self> {
         let config = ParallelConfig::default().threads(threads).kv_positions(positions);
         let (checkpoint, config) = match format {
             Format::F32 | Format::F16 | Format::Bf16 => (format.name(), config),
-            Format::Q8_0 | Format::Q4_0 | Format::Iq4Nl => return Ok(None),
+            Format::Q8_0 => ("bf16", config.weights(QuantFormat::Q8_0).cache_weights()),
+            Format::Q4_0 => ("bf16", config.weights(QuantFormat::Q4_0).cache_weights()),
+            Format::Iq4Nl => ("bf16", config.weights(QuantFormat::Iq4Nl).cache_weights()),
         };
         let model = TensorParallelMistral::load(Parameters::load(models.join(checkpoint))?, config)?;
         let state = InferenceState::with_kv(model.config(), KvType::F16);
-        Ok(Some(Self { model, state }))
+        Ok(Self { model, state })
+    }
+
+    pub fn config(&self) -> &Config {
+        self.model.config()
     }
 }
 

@@ -109,10 +109,9 @@ fn bytes_of_a_token(config: &Config, format: Format) -> f64 {
 fn measure(arguments: &Arguments, format: Format, memory: &Memory) -> Result<Rounds> {
     let Arguments { models, threads, .. } = arguments;
     let works = [Work::Prefill(arguments.prompt), Work::Decode(arguments.decode)].into_iter().filter(|work| work.tokens() > 0);
-    let mut engines: Vec<Box<dyn Engine>> = Vec::new();
-    if let Some(torchless) = Torchless::load(models, format, *threads, arguments.prompt.max(arguments.decode))? {
-        engines.push(Box::new(torchless));
-    }
+    let torchless = Torchless::load(models, format, *threads, arguments.prompt.max(arguments.decode))?;
+    let bytes_of_a_token = bytes_of_a_token(torchless.config(), format);
+    let mut engines: Vec<Box<dyn Engine>> = vec![Box::new(torchless)];
     if let Some(path) = &arguments.llama_bench {
         engines.push(Box::new(LlamaBench::new(path, models, format, *threads)));
     }
@@ -124,9 +123,8 @@ fn measure(arguments: &Arguments, format: Format, memory: &Memory) -> Result<Rou
         engines.iter_mut().try_for_each(|engine| engine.warm_up(work))?;
     }
 
-    let config = Config::load(models.join("bf16/config.json"))?;
     let names = engines.iter().map(|engine| engine.name()).collect();
-    let mut rounds = Rounds::new(format, *threads, names, bytes_of_a_token(&config, format));
+    let mut rounds = Rounds::new(format, *threads, names, bytes_of_a_token);
     for round in 0..arguments.rounds {
         for work in works.clone() {
             let before = memory.read(*threads);

@@ -14,7 +14,7 @@ pub const HEAD: &str = "\
 pub struct Rounds {
     format: Format,
     threads: usize,
-    /// torchless first, where it has the format.
+    /// torchless first.
     engines: Vec<&'static str>,
     bytes_of_a_token: f64,
     rounds: Vec<Round>,
@@ -51,9 +51,9 @@ impl Rounds {
             let tokens = work.tokens() as f64;
             for (i, engine) in self.engines.iter().enumerate() {
                 let speed = Spread::of(rounds.iter().map(|round| tokens / round.seconds[i])).median;
-                let ratio = match self.engines[0] {
-                    "torchless" if i > 0 => Spread::of(rounds.iter().map(|round| round.seconds[i] / round.seconds[0])).to_string(),
-                    _ => "-".into(),
+                let ratio = match i {
+                    0 => "-".into(),
+                    _ => Spread::of(rounds.iter().map(|round| round.seconds[i] / round.seconds[0])).to_string(),
                 };
                 // A prompt's tokens share what is read.
                 let (gigabytes, share) = match work {
