@@ -1,6 +1,13 @@
 //! The threads that a model computes with.
 
 use std::ops::Range;
+#[cfg(feature = "parallel")]
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicUsize, Ordering},
+};
+#[cfg(feature = "parallel")]
+use std::time::{Duration, Instant};
 
 #[cfg(feature = "parallel")]
 use crate::error::Error;
@@ -42,7 +49,10 @@ impl Pool {
     pub(crate) fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         #[cfg(feature = "parallel")]
         match &self.threads {
-            Some(threads) => threads.install(f),
+            Some(threads) => threads.install(|| {
+                let _awake = Awake::keep();
+                f()
+            }),
             None => {
                 let before = ALONE.replace(true);
                 let result = f();
@@ -63,25 +73,86 @@ pub(crate) fn threads() -> usize {
     1
 }
 
+/// How long a thread without work looks for some before it sleeps: waking it takes tens of microseconds, as long as a short task.
+#[cfg(feature = "parallel")]
+const LOOKING: Duration = Duration::from_micros(200);
+
+/// While it lives, the other threads of the pool look for work between one [`for_each`] and the next instead of falling asleep at once.
+#[cfg(feature = "parallel")]
+struct Awake(Arc<AtomicBool>);
+
+#[cfg(feature = "parallel")]
+impl Awake {
+    fn keep() -> Self {
+        let (ended, this) = (Arc::new(AtomicBool::new(false)), rayon::current_thread_index());
+        let looking = ended.clone();
+        rayon::spawn_broadcast(move |context| {
+            if Some(context.index()) != this {
+                look_for_work(|| looking.load(Ordering::Relaxed));
+            }
+        });
+        Self(ended)
+    }
+}
+
+#[cfg(feature = "parallel")]
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Does what the pool has to do until `ended`, or until there has been nothing for [`LOOKING`].
+#[cfg(feature = "parallel")]
+fn look_for_work(ended: impl Fn() -> bool) {
+    let mut idle_since = Instant::now();
+    while !ended() && idle_since.elapsed() < LOOKING {
+        match rayon::yield_now() {
+            Some(rayon::Yield::Executed) => idle_since = Instant::now(),
+            _ => std::hint::spin_loop(),
+        }
+    }
+}
+
 /// Runs `task(i, stolen)` for every i below n; this is all that the feature `parallel` changes.
 ///
-/// With it, ranges are halved recursively, and an idle thread steals the half that was split off last by another: `stolen` says
+/// With it, ranges are halved recursively, and an idle thread steals the half that was split off first by another: `stolen` says
 /// that another thread runs a task than the one that split it off.
 #[cfg(feature = "parallel")]
 pub(crate) fn for_each(n: usize, task: impl Fn(usize, bool) + Sync) {
-    fn halve(tasks: Range<usize>, stolen: bool, task: &(impl Fn(usize, bool) + Sync)) {
-        if tasks.len() == 1 {
-            return task(tasks.start, stolen);
+    struct Work<'a, F> {
+        task: &'a F,
+        left: &'a AtomicUsize,
+    }
+    fn halve<'s, F: Fn(usize, bool) + Sync>(
+        scope: &rayon::Scope<'s>,
+        mut tasks: Range<usize>,
+        splitter: Option<usize>,
+        work: &'s Work<'_, F>,
+    ) {
+        let this = rayon::current_thread_index();
+        while tasks.len() > 1 {
+            let middle = tasks.start + tasks.len() / 2;
+            let split_off = middle..tasks.end;
+            scope.spawn(move |scope| halve(scope, split_off, this, work));
+            tasks.end = middle;
         }
-        let middle = tasks.start + tasks.len() / 2;
-        rayon::join_context(|_| halve(tasks.start..middle, stolen, task), |context| halve(middle..tasks.end, context.migrated(), task));
+        (work.task)(tasks.start, this != splitter);
+        work.left.fetch_sub(1, Ordering::Release);
     }
     match n {
         0 => {}
         _ if ALONE.get() => (0..n).for_each(|i| task(i, false)),
         1 => task(0, false),
-        // The scope enters a pool: a join from outside of one would call its own half migrated.
-        _ => rayon::scope(|_| halve(0..n, false, &task)),
+        _ => {
+            let left = AtomicUsize::new(n);
+            let work = Work { task: &task, left: &left };
+            // The scope enters a pool, if this is not one of its threads.
+            rayon::scope(|scope| {
+                halve(scope, 0..n, rayon::current_thread_index(), &work);
+                look_for_work(|| left.load(Ordering::Acquire) == 0);
+            });
+        }
     }
 }
 
