@@ -7,7 +7,7 @@ use std::time::Duration;
 use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::attend::{KvShape, attend, store_kv};
+use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
 use crate::kernels::linear::linear_rows;
 use crate::kernels::matrix::Matrix;
 use crate::kernels::parallel::WorkDistributionConfig;
@@ -259,40 +259,50 @@ impl CpuPlace {
                 let (page, position) = locate(batch, row.seq, row.pos as usize);
                 let words = &mut self.pages[page as usize][at..at + 2 * shape.words()];
                 let (keys, values) = words.split_at_mut(shape.words());
-                store_kv(shape, keys, position, k);
-                store_kv(shape, values, position, v);
+                store_kv(shape, keys, values, position, k, v);
             }
         }
     }
 
+    /// A tile takes the query heads that share a KV head, in neighbouring rows of a sequence.
     fn attend(&self, layer: usize, q: &[Activation], batch: &Batch, out: &mut [Activation]) {
         let group = self.config.n_heads / self.config.n_kv_heads;
         let head_dim = self.config.head_dim;
-        let heads: Vec<(usize, usize)> =
-            self.parts.iter().enumerate().flat_map(|(rank, p)| (0..p.heads.len()).map(move |h| (rank, h))).collect();
-        let outs: Vec<Scatter<'_, f32>> = out.iter_mut().map(|o| Scatter::new(&mut o.data)).collect();
-        let task = |i: usize| {
-            let ((rank, head), row) = (heads[i % heads.len()], i / heads.len());
-            let part = &self.parts[rank];
-            let kv_head = (part.heads.start + head) / group - part.kv_heads.start;
-            let shape = self.kv_shape(rank, batch);
-            let at = self.kv_offset(rank, layer);
-            let place = row * part.heads.len() * head_dim + head * head_dim;
-            let to = batch.rows[row].pos as usize;
-            let from = self.config.first_seen(to);
-            let seq = &batch.seqs[batch.rows[row].seq as usize];
-            let page = |i: usize| {
-                let page = seq.pages[i - seq.first_page as usize] as usize;
-                self.pages[page][at..at + 2 * shape.words()].split_at(shape.words())
-            };
-            // SAFETY: a row of a head belongs to one task.
-            let y = unsafe { outs[rank].range(place..place + head_dim) };
-            let q = &q[rank].data[place..place + head_dim];
-            attend(shape, kv_head, q, from, to, page, y);
-        };
-        let tasks = heads.len() * batch.rows.len();
-        let work: usize = batch.rows.iter().map(|r| (r.pos as usize + 1) * head_dim * heads.len()).sum();
-        if work < SMALL { (0..tasks).for_each(task) } else { for_each(tasks, |i, _| task(i)) }
+        let mut tiles = Vec::new();
+        // Of each tile the rank, its first row and its heads.
+        let mut places = Vec::new();
+        for (rank, part) in self.parts.iter().enumerate() {
+            let (shape, offset) = (self.kv_shape(rank, batch), self.kv_offset(rank, layer));
+            let width = q[rank].width;
+            for (kv_head, first) in part.kv_heads.clone().map(|h| h * group).enumerate() {
+                let heads = first.max(part.heads.start)..(first + group).min(part.heads.end);
+                for head in heads.clone().step_by(QUERIES) {
+                    let heads = head - part.heads.start..heads.end.min(head + QUERIES) - part.heads.start;
+                    let mut row = 0;
+                    for of_seq in batch.rows.chunk_by(|a, b| a.seq == b.seq) {
+                        for rows in of_seq.chunks(QUERIES / heads.len()) {
+                            let cache = Cache { shape, pages: &self.pages, offset, seq: &batch.seqs[rows[0].seq as usize] };
+                            let queries = |(i, to): (usize, usize)| {
+                                let q = &q[rank].data[(row + i) * width..][heads.start * head_dim..heads.end * head_dim];
+                                (q, self.config.first_seen(to)..to + 1)
+                            };
+                            let queries = rows.iter().map(|row| row.pos as usize).enumerate().map(queries).collect();
+                            tiles.push(Tile { cache, kv_head, rows: queries });
+                            places.push((rank, row, heads.clone()));
+                            row += rows.len();
+                        }
+                    }
+                }
+            }
+        }
+        let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
+        attend(&tiles, |tile, query, y| {
+            let (rank, row, heads) = &places[tile];
+            let (width, out) = &outs[*rank];
+            let at = (row + query / heads.len()) * width + (heads.start + query % heads.len()) * head_dim;
+            // SAFETY: a row of a head belongs to one tile.
+            unsafe { out.range(at..at + head_dim) }.copy_from_slice(y);
+        });
     }
 }
 
