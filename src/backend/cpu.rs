@@ -1,10 +1,11 @@
 //! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks an op.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts};
+use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts, Row};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
@@ -264,34 +265,35 @@ impl CpuPlace {
         }
     }
 
+    /// The query heads of a rank that share a KV head, as many as a tile can take; both counted from the rank's first.
+    fn heads_by_kv_head(&self, rank: usize) -> Vec<(usize, Range<usize>)> {
+        let (part, group) = (&self.parts[rank], self.config.n_heads / self.config.n_kv_heads);
+        let of_kv_head = |(i, kv_head): (usize, usize)| {
+            let first = (kv_head * group).max(part.heads.start) - part.heads.start;
+            let end = ((kv_head + 1) * group).min(part.heads.end) - part.heads.start;
+            (first..end).step_by(QUERIES).map(move |head| (i, head..end.min(head + QUERIES)))
+        };
+        part.kv_heads.clone().enumerate().flat_map(of_kv_head).collect()
+    }
+
     /// A tile takes the query heads that share a KV head, in neighbouring rows of a sequence.
     fn attend(&self, layer: usize, q: &[Activation], batch: &Batch, out: &mut [Activation]) {
-        let group = self.config.n_heads / self.config.n_kv_heads;
         let head_dim = self.config.head_dim;
         let mut tiles = Vec::new();
-        // Of each tile the rank, its first row and its heads.
+        // Of each tile the rank, first row and heads.
         let mut places = Vec::new();
-        for (rank, part) in self.parts.iter().enumerate() {
+        for (rank, q) in q.iter().enumerate() {
             let (shape, offset) = (self.kv_shape(rank, batch), self.kv_offset(rank, layer));
-            let width = q[rank].width;
-            for (kv_head, first) in part.kv_heads.clone().map(|h| h * group).enumerate() {
-                let heads = first.max(part.heads.start)..(first + group).min(part.heads.end);
-                for head in heads.clone().step_by(QUERIES) {
-                    let heads = head - part.heads.start..heads.end.min(head + QUERIES) - part.heads.start;
-                    let mut row = 0;
-                    for of_seq in batch.rows.chunk_by(|a, b| a.seq == b.seq) {
-                        for rows in of_seq.chunks(QUERIES / heads.len()) {
-                            let cache = Cache { shape, pages: &self.pages, offset, seq: &batch.seqs[rows[0].seq as usize] };
-                            let queries = |(i, to): (usize, usize)| {
-                                let q = &q[rank].data[(row + i) * width..][heads.start * head_dim..heads.end * head_dim];
-                                (q, self.config.first_seen(to)..to + 1)
-                            };
-                            let queries = rows.iter().map(|row| row.pos as usize).enumerate().map(queries).collect();
-                            tiles.push(Tile { cache, kv_head, rows: queries });
-                            places.push((rank, row, heads.clone()));
-                            row += rows.len();
-                        }
-                    }
+            for (kv_head, heads) in self.heads_by_kv_head(rank) {
+                for rows in runs(&batch.rows, QUERIES / heads.len()) {
+                    let row = |row: usize| {
+                        let to = batch.rows[row].pos as usize;
+                        (&q.data[row * q.width..][heads.start * head_dim..heads.end * head_dim], self.config.first_seen(to)..to + 1)
+                    };
+                    let seq = &batch.seqs[batch.rows[rows.start].seq as usize];
+                    let cache = Cache { shape, pages: &self.pages, offset, seq };
+                    tiles.push(Tile { cache, kv_head, rows: rows.clone().map(row).collect() });
+                    places.push((rank, rows.start, heads.clone()));
                 }
             }
         }
@@ -371,6 +373,18 @@ impl Place for CpuPlace {
 /// The rows of a buffer, which still are rows where a rank without channels has no elements in them.
 fn rows(data: &[f32], width: usize, n: usize) -> Vec<&[f32]> {
     (0..n).map(|i| &data[i * width..(i + 1) * width]).collect()
+}
+
+/// Neighbouring rows of one sequence, `most` at a time.
+fn runs(rows: &[Row], most: usize) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let of_seq = rows.chunk_by(|a, b| a.seq == b.seq).flat_map(|rows| rows.chunks(most));
+    of_seq
+        .map(|rows| {
+            end += rows.len();
+            end - rows.len()..end
+        })
+        .collect()
 }
 
 /// The page of a position and the place in it.

@@ -287,7 +287,8 @@ pub(crate) mod x86 {
         unsafe fn power_of_two(self) -> Self {
             unsafe {
                 let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
-                let exponents = [_mm256_slli_epi32::<23>(_mm256_castps_si256(self[0])), _mm256_slli_epi32::<23>(_mm256_castps_si256(self[1]))];
+                let exponents =
+                    [_mm256_slli_epi32::<23>(_mm256_castps_si256(self[0])), _mm256_slli_epi32::<23>(_mm256_castps_si256(self[1]))];
                 [_mm256_castsi256_ps(_mm256_add_epi32(exponents[0], one)), _mm256_castsi256_ps(_mm256_add_epi32(exponents[1], one))]
             }
         }

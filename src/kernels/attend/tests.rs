@@ -9,7 +9,7 @@ fn value(i: usize) -> f32 {
     ((i * 7919 % 2003) as f32 / 1001.0 - 1.0) * 2.0
 }
 
-/// A sequence whose pages lie anywhere, those in front of its window being gone, behind other words in each page.
+/// A sequence whose pages lie backwards, those in front of its window being gone, behind other words in each page.
 struct Sequence {
     shape: KvShape,
     pages: Vec<Vec<u32>>,
@@ -25,11 +25,12 @@ impl Sequence {
         let n = positions.end.div_ceil(kv.page_len()) - first_page;
         // What nobody stored must not matter: it is not a number.
         let mut pages = vec![vec![u32::MAX; OFFSET + 2 * shape.words()]; n + 1];
-        let seq = Seq { pages: (0..n as u32).map(|i| (i + 1) * 5 % (n as u32 + 1)).collect(), first_page: first_page as u32 };
+        let seq = Seq { pages: (1..=n as u32).rev().collect(), first_page: first_page as u32 };
         for position in positions {
             let page = &mut pages[seq.pages[position / kv.page_len() - first_page] as usize][OFFSET..];
             let (keys, values) = page.split_at_mut(shape.words());
-            let [k, v] = [0, 1].map(|which| (0..KV_HEADS * head_dim).map(|i| value((position * 131 + which) * 257 + i)).collect::<Vec<_>>());
+            let [k, v] =
+                [0, 1].map(|which| (0..KV_HEADS * head_dim).map(|i| value((position * 131 + which) * 257 + i)).collect::<Vec<_>>());
             store_kv(shape, keys, values, position % kv.page_len(), &k, &v);
         }
         Self { shape, pages, seq }
@@ -126,6 +127,7 @@ fn the_bits_depend_on_neither_tile_nor_threads() {
     for kv in [KvType::F32, KvType::F16] {
         for (head_dim, heads) in [(20, 1), (64, 2), (80, 3)] {
             for (ends, window) in CASES {
+                let heads = heads.min(QUERIES / ends.len());
                 let s = Sequence::new(kv, head_dim, ends[0].saturating_sub(window)..ends[ends.len() - 1]);
                 let q = queries(ends.len(), heads, head_dim);
                 let whole = || tile(&s, &q, heads, ends, window);
@@ -165,7 +167,8 @@ fn long_tiles_are_split_by_stretches_where_they_are_few() {
     let s = Sequence::new(KvType::F16, 64, 3000..4000);
     let q = queries(1, 2, 64);
     let one = |from: usize| Tile { cache: s.cache(), kv_head: 0, rows: vec![(&q, from..4000)] };
-    let cuts = |tiles: &[Tile<'_>], threads| -> Vec<_> { cut(tiles, threads).into_iter().map(|p| (p.tile, p.stretches, p.split)).collect() };
+    let cuts =
+        |tiles: &[Tile<'_>], threads| -> Vec<_> { cut(tiles, threads).into_iter().map(|p| (p.tile, p.stretches, p.split)).collect() };
     assert_eq!(cuts(&[one(3000)], 1), [(0, 5..8, false)]);
     assert_eq!(cuts(&[one(3000)], 2), [(0, 5..6, true), (0, 6..7, true), (0, 7..8, true)]);
     // Beside a long one a short one is left whole.

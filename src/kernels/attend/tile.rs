@@ -162,12 +162,7 @@ unsafe fn blocks<L: Lanes, E: Element + Pod, const V: usize>(tile: &Tile<'_>, qu
 /// The next block's keys are fetched meanwhile.
 #[inline(always)]
 #[expect(clippy::needless_range_loop)] // all sides are indexed alike
-unsafe fn scores_of<L: Lanes, E: Element, const C: usize, const V: usize>(
-    keys: &[E],
-    next: &[E],
-    q: &[f32],
-    scores: &mut [[f32; BLOCK]],
-) {
+unsafe fn scores_of<L: Lanes, E: Element, const C: usize, const V: usize>(keys: &[E], next: &[E], q: &[f32], scores: &mut [[f32; BLOCK]]) {
     let head_dim = keys.len() / BLOCK;
     assert!(keys.len() == head_dim * BLOCK && next.len() == keys.len() && q.len() >= C * head_dim && scores.len() >= C);
     for slot in (0..BLOCK).step_by(V * LANES) {
@@ -338,7 +333,14 @@ unsafe fn exp2<L: Lanes>(x: L) -> L {
         let rounded = round.fma(x, one);
         let f = x.fma(rounded.fma(round, minus), minus);
         let mut p = L::splat(1.535_336_188_319_500e-4);
-        for coefficient in [1.339_887_440_266_574e-3, 9.618_437_357_674_640e-3, 5.550_332_471_162_809e-2, 2.402_264_791_363_012e-1, 6.931_472_028_550_421e-1, 1.0] {
+        for coefficient in [
+            1.339_887_440_266_574e-3,
+            9.618_437_357_674_640e-3,
+            5.550_332_471_162_809e-2,
+            2.402_264_791_363_012e-1,
+            6.931_472_028_550_421e-1,
+            1.0,
+        ] {
             p = L::splat(coefficient).fma(p, f);
         }
         L::zero().fma(p, rounded.power_of_two())
