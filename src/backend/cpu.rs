@@ -5,16 +5,17 @@ mod lower;
 mod sweep;
 mod weights;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts};
+use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts, Row};
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::kernels::attend::{KvShape, attend, store_kv};
+use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
 use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
-use crate::kernels::pool::{Pool, Scatter, for_each};
+use crate::kernels::pool::{self, Pool, Scatter, for_each};
 use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
@@ -235,40 +236,51 @@ impl CpuPlace {
                 let (page, position) = locate(batch, row.seq, row.pos as usize);
                 let words = &mut self.pages[page as usize][at..at + 2 * shape.words()];
                 let (keys, values) = words.split_at_mut(shape.words());
-                store_kv(shape, keys, position, k);
-                store_kv(shape, values, position, v);
+                store_kv(shape, keys, values, position, k, v);
             }
         }
     }
 
-    fn attend(&self, layer: usize, q: &[Activation], batch: &Batch, out: &mut [Activation]) {
-        let group = self.config.n_heads / self.config.n_kv_heads;
-        let head_dim = self.config.head_dim;
-        let heads: Vec<(usize, usize)> =
-            self.parts.iter().enumerate().flat_map(|(rank, p)| (0..p.heads.len()).map(move |h| (rank, h))).collect();
-        let outs: Vec<Scatter<'_, f32>> = out.iter_mut().map(|o| Scatter::new(&mut o.data)).collect();
-        let task = |i: usize| {
-            let ((rank, head), row) = (heads[i % heads.len()], i / heads.len());
-            let part = &self.parts[rank];
-            let kv_head = (part.heads.start + head) / group - part.kv_heads.start;
-            let shape = self.kv_shape(rank, batch);
-            let at = self.kv_offset(rank, layer);
-            let place = row * part.heads.len() * head_dim + head * head_dim;
-            let to = batch.rows[row].pos as usize;
-            let from = self.config.first_seen(to);
-            let seq = &batch.seqs[batch.rows[row].seq as usize];
-            let page = |i: usize| {
-                let page = seq.pages[i - seq.first_page as usize] as usize;
-                self.pages[page][at..at + 2 * shape.words()].split_at(shape.words())
-            };
-            // SAFETY: a row of a head belongs to one task.
-            let y = unsafe { outs[rank].range(place..place + head_dim) };
-            let q = &q[rank].data[place..place + head_dim];
-            attend(shape, kv_head, q, from, to, page, y);
+    /// The query heads of a rank that share a KV head, as many as a tile can take; both counted from the rank's first.
+    fn heads_by_kv_head(&self, rank: usize) -> Vec<(usize, Range<usize>)> {
+        let (part, group) = (&self.parts[rank], self.config.n_heads / self.config.n_kv_heads);
+        let of_kv_head = |(i, kv_head): (usize, usize)| {
+            let first = (kv_head * group).max(part.heads.start) - part.heads.start;
+            let end = ((kv_head + 1) * group).min(part.heads.end) - part.heads.start;
+            (first..end).step_by(QUERIES).map(move |head| (i, head..end.min(head + QUERIES)))
         };
-        let tasks = heads.len() * batch.rows.len();
-        let work: usize = batch.rows.iter().map(|r| (r.pos as usize + 1) * head_dim * heads.len()).sum();
-        if work < SMALL { (0..tasks).for_each(task) } else { for_each(tasks, |i, _| task(i)) }
+        part.kv_heads.clone().enumerate().flat_map(of_kv_head).collect()
+    }
+
+    /// A tile takes the query heads that share a KV head, in neighbouring rows of a sequence.
+    fn attend(&self, layer: usize, q: &[Activation], batch: &Batch, out: &mut [Activation]) {
+        let head_dim = self.config.head_dim;
+        let mut tiles = Vec::new();
+        // Of each tile the rank, first row and heads.
+        let mut places = Vec::new();
+        for (rank, q) in q.iter().enumerate() {
+            let (shape, offset) = (self.kv_shape(rank, batch), self.kv_offset(rank, layer));
+            for (kv_head, heads) in self.heads_by_kv_head(rank) {
+                for rows in runs(&batch.rows, QUERIES / heads.len()) {
+                    let row = |row: usize| {
+                        let to = batch.rows[row].pos as usize;
+                        (&q.data[row * q.width..][heads.start * head_dim..heads.end * head_dim], self.config.first_seen(to)..to + 1)
+                    };
+                    let seq = &batch.seqs[batch.rows[rows.start].seq as usize];
+                    let cache = Cache { shape, pages: &self.pages, offset, seq };
+                    tiles.push(Tile { cache, kv_head, rows: rows.clone().map(row).collect() });
+                    places.push((rank, rows.start, heads.clone()));
+                }
+            }
+        }
+        let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
+        attend(&tiles, |tile, query, y| {
+            let (rank, row, heads) = &places[tile];
+            let (width, out) = &outs[*rank];
+            let at = (row + query / heads.len()) * width + (heads.start + query % heads.len()) * head_dim;
+            // SAFETY: a row of a head belongs to one tile.
+            unsafe { out.range(at..at + head_dim) }.copy_from_slice(y);
+        });
     }
 }
 
@@ -360,6 +372,18 @@ fn spread(n: usize, work: usize, x: &mut [f32], f: impl Fn(usize, &mut [f32]) + 
 /// The rows of a buffer, which still are rows where a rank without channels has no elements in them.
 fn rows(data: &[f32], width: usize, n: usize) -> Vec<&[f32]> {
     (0..n).map(|i| &data[i * width..(i + 1) * width]).collect()
+}
+
+/// Neighbouring rows of one sequence, `most` at a time.
+fn runs(rows: &[Row], most: usize) -> Vec<Range<usize>> {
+    let mut end = 0;
+    let of_seq = rows.chunk_by(|a, b| a.seq == b.seq).flat_map(|rows| rows.chunks(most));
+    of_seq
+        .map(|rows| {
+            end += rows.len();
+            end - rows.len()..end
+        })
+        .collect()
 }
 
 /// The page of a position and the place in it.

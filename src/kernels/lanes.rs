@@ -28,6 +28,21 @@ pub(crate) trait Lanes: Copy {
     /// # Safety
     /// As [`Lanes::zero`].
     unsafe fn fma(self, a: Self, b: Self) -> Self;
+    /// The larger, lane by lane; that of `other` where one is a NaN.
+    ///
+    /// # Safety
+    /// As [`Lanes::zero`].
+    unsafe fn max(self, other: Self) -> Self;
+    /// The largest of all lanes.
+    ///
+    /// # Safety
+    /// As [`Lanes::zero`].
+    unsafe fn largest(self) -> f32;
+    /// 2^n of each lane, which holds 1.5 * 2^23 + n with n in -127..=127; 0 for the least of them.
+    ///
+    /// # Safety
+    /// As [`Lanes::zero`].
+    unsafe fn power_of_two(self) -> Self;
     /// The sum of all lanes by a fixed tree: the upper half onto the lower, until one is left.
     ///
     /// # Safety
@@ -128,6 +143,22 @@ impl Lanes for [f32; 16] {
         self
     }
     #[inline(always)]
+    unsafe fn max(mut self, other: Self) -> Self {
+        for l in 0..16 {
+            self[l] = if self[l] > other[l] { self[l] } else { other[l] };
+        }
+        self
+    }
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        self.into_iter().fold(f32::NEG_INFINITY, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        // n is in the lowest bits and becomes the exponent.
+        self.map(|v| f32::from_bits((v.to_bits() << 23).wrapping_add(1.0f32.to_bits())))
+    }
+    #[inline(always)]
     unsafe fn sum(mut self) -> f32 {
         for half in [8, 4, 2, 1] {
             for l in 0..half {
@@ -181,6 +212,24 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn fma(self, a: Self, b: Self) -> Self {
             unsafe { _mm512_fmadd_ps(a, b, self) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { _mm512_max_ps(self, other) }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe {
+                let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self)));
+                largest_of_8(_mm256_max_ps(_mm512_castps512_ps256(self), upper))
+            }
+        }
+        #[inline(always)]
+        unsafe fn power_of_two(self) -> Self {
+            unsafe {
+                let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(self));
+                _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_castps_si512(Self::splat(1.0))))
+            }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -251,6 +300,23 @@ pub(crate) mod x86 {
             unsafe { [_mm256_fmadd_ps(a[0], b[0], self[0]), _mm256_fmadd_ps(a[1], b[1], self[1])] }
         }
         #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { [_mm256_max_ps(self[0], other[0]), _mm256_max_ps(self[1], other[1])] }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { largest_of_8(_mm256_max_ps(self[0], self[1])) }
+        }
+        #[inline(always)]
+        unsafe fn power_of_two(self) -> Self {
+            unsafe {
+                let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
+                let exponents =
+                    [_mm256_slli_epi32::<23>(_mm256_castps_si256(self[0])), _mm256_slli_epi32::<23>(_mm256_castps_si256(self[1]))];
+                [_mm256_castsi256_ps(_mm256_add_epi32(exponents[0], one)), _mm256_castsi256_ps(_mm256_add_epi32(exponents[1], one))]
+            }
+        }
+        #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe { sum8(_mm256_add_ps(self[0], self[1])) }
         }
@@ -285,6 +351,17 @@ pub(crate) mod x86 {
             let four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    /// # Safety
+    /// The CPU has AVX.
+    #[inline(always)]
+    unsafe fn largest_of_8(v: __m256) -> f32 {
+        unsafe {
+            let four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+            _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)))
         }
     }
 
@@ -424,6 +501,28 @@ mod neon {
         unsafe fn fma(mut self, a: Self, b: Self) -> Self {
             for i in 0..4 {
                 self[i] = unsafe { vfmaq_f32(self[i], a[i], b[i]) };
+            }
+            self
+        }
+        #[inline(always)]
+        unsafe fn max(mut self, other: Self) -> Self {
+            for i in 0..4 {
+                // Where one is a NaN neither is greater, and it is the other's.
+                self[i] = unsafe { vbslq_f32(vcgtq_f32(self[i], other[i]), self[i], other[i]) };
+            }
+            self
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(self[0], self[1]), vmaxnmq_f32(self[2], self[3]))) }
+        }
+        #[inline(always)]
+        unsafe fn power_of_two(mut self) -> Self {
+            for lane in &mut self {
+                unsafe {
+                    let exponent = vshlq_n_u32::<23>(vreinterpretq_u32_f32(*lane));
+                    *lane = vreinterpretq_f32_u32(vaddq_u32(exponent, vdupq_n_u32(1.0f32.to_bits())));
+                }
             }
             self
         }
