@@ -152,13 +152,7 @@ impl Vectors for [__m256; 2] {
     unsafe fn raise(self, index: [__m256i; 2], by: i32, table: Self) -> [__m256i; 2] {
         unsafe {
             let by = _mm256_set1_epi32(by);
-            let mut out = index;
-            for half in 0..2 {
-                let raised = _mm256_add_epi32(index[half], by);
-                let passes = _mm256_cmp_ps::<_CMP_GE_OQ>(self[half], nibble(table, raised));
-                out[half] = _mm256_add_epi32(index[half], _mm256_and_si256(_mm256_castps_si256(passes), by));
-            }
-            out
+            [raise8(self[0], index[0], by, table), raise8(self[1], index[1], by, table)]
         }
     }
     #[inline(always)]
@@ -209,6 +203,15 @@ unsafe fn dot8(sums: __m256i, quants: __m256i, x: __m256i) -> __m256i {
     unsafe {
         let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(quants), _mm256_sign_epi8(x, quants));
         _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+/// Half of [`Vectors::raise`].
+#[inline(always)]
+unsafe fn raise8(v: __m256, index: __m256i, by: __m256i, table: [__m256; 2]) -> __m256i {
+    unsafe {
+        let passes = _mm256_cmp_ps::<_CMP_GE_OQ>(v, nibble(table, _mm256_add_epi32(index, by)));
+        _mm256_add_epi32(index, _mm256_and_si256(_mm256_castps_si256(passes), by))
     }
 }
 
