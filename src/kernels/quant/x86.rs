@@ -173,16 +173,14 @@ impl Vectors for [__m256; 2] {
     #[inline(always)]
     unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
-            let mut out = [Self::zero(); 4];
-            for half in 0..2 {
-                let both = _mm256_loadu_si256(p.add(32 * half).cast());
-                let all = if HIGH { _mm256_srli_epi32::<4>(both) } else { both };
-                out[0][half] = nibble(levels, all);
-                out[1][half] = nibble(levels, _mm256_srli_epi32::<8>(all));
-                out[2][half] = nibble(levels, _mm256_srli_epi32::<16>(all));
-                out[3][half] = nibble(levels, _mm256_srli_epi32::<24>(all));
-            }
-            out
+            let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast()));
+            let (a, b) = if HIGH { (_mm256_srli_epi32::<4>(a), _mm256_srli_epi32::<4>(b)) } else { (a, b) };
+            [
+                [nibble(levels, a), nibble(levels, b)],
+                [nibble(levels, _mm256_srli_epi32::<8>(a)), nibble(levels, _mm256_srli_epi32::<8>(b))],
+                [nibble(levels, _mm256_srli_epi32::<16>(a)), nibble(levels, _mm256_srli_epi32::<16>(b))],
+                [nibble(levels, _mm256_srli_epi32::<24>(a)), nibble(levels, _mm256_srli_epi32::<24>(b))],
+            ]
         }
     }
 }
