@@ -173,7 +173,7 @@ kernels!(avx512, std::arch::x86_64::__m512, [2, 4, 8], "avx512f,avx512bw,avx512v
 #[cfg(target_arch = "x86_64")]
 kernels!(avx2, [std::arch::x86_64::__m256; 2], [2, 4], "avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]
-kernels!(neon, super::neon::Neon, [2, 4], "neon,fp16");
+kernels!(neon, crate::kernels::quant::neon::Neon, [2, 4], "neon,fp16");
 kernels!(portable, [f32; 16], [2, 4]);
 
 /// Columns 4g..4g+4 of the block at `p`.
@@ -245,11 +245,11 @@ unsafe fn product<V: Vectors, const C: usize>(tile: &TileAt<'_>, blocks: Range<u
         for (at, b) in blocks.enumerate() {
             let (w, x) = (w.as_ptr().add(at * BLOCK), x.as_ptr().add(at * C));
             let mut s = [[V::zero(); C]; 4];
-            for j in 0..4 {
+            for (j, s) in s.iter_mut().enumerate() {
                 for k in (j..BLOCK).step_by(4) {
                     let w = V::load_f32(w.add(k).cast());
-                    for i in 0..C {
-                        s[j][i] = s[j][i].fma(w, V::splat(*x.add(i).cast::<f32>().add(k)));
+                    for (i, s) in s.iter_mut().enumerate() {
+                        *s = s.fma(w, V::splat(*x.add(i).cast::<f32>().add(k)));
                     }
                 }
             }

@@ -127,13 +127,13 @@ unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, t
                 let at = b * C + first;
                 let mut sums = [V::sums(0); 4];
                 if V::BIASED {
-                    for i in 0..few {
-                        sums[i] = V::sums((*measures.add(at + i)).correction);
+                    for (i, sum) in sums[..few].iter_mut().enumerate() {
+                        *sum = V::sums((*measures.add(at + i)).correction);
                     }
                 }
-                for g in 0..8 {
-                    for i in 0..few {
-                        sums[i] = V::dot(sums[i], w[g], x.add(at + i).cast::<i8>().add(4 * g));
+                for (g, w) in w.into_iter().enumerate() {
+                    for (i, sum) in sums[..few].iter_mut().enumerate() {
+                        *sum = V::dot(*sum, w, x.add(at + i).cast::<i8>().add(4 * g));
                     }
                 }
                 for i in 0..few {

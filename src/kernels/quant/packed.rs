@@ -10,7 +10,6 @@
 //! with their values, so that a slice stores the very weights of the whole; its inputs are zero there, as behind its last column.
 //! Rows beyond the last have scales of zero.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
@@ -98,6 +97,11 @@ impl Packed {
         }
     }
 
+    /// Takes tiles that were just written.
+    pub(super) fn new(shape: Shape, storage: Mmap) -> Self {
+        Self { shape, storage: Arc::new(storage), offset: 0 }
+    }
+
     pub(crate) fn rows(&self) -> usize {
         self.shape.rows
     }
@@ -147,11 +151,6 @@ impl Packed {
             *out = f32::from(q) * scales[block * TILE + r % TILE].to_f32();
         }
     }
-
-    /// The columns of a whole matrix that the blocks of its columns `cols` have.
-    pub(super) fn whole_blocks(cols: &Range<usize>) -> Range<usize> {
-        cols.start - cols.start % BLOCK..cols.end.next_multiple_of(BLOCK)
-    }
 }
 
 /// Weight k of row r of a block, in units of its scale.
@@ -161,11 +160,5 @@ pub(super) fn quant(format: QuantFormat, block: &[u8], r: usize, k: usize) -> i8
         None => (at(k) ^ 0x80) as i8,
         Some(levels) if k < BLOCK / 2 => levels[usize::from(at(k) & 15)],
         Some(levels) => levels[usize::from(at(k - BLOCK / 2) >> 4)],
-    }
-}
-impl Packed {
-    /// Takes tiles that were just written.
-    pub(super) fn new(shape: Shape, storage: Mmap) -> Self {
-        Self { shape, storage: Arc::new(storage), offset: 0 }
     }
 }

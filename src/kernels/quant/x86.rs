@@ -152,13 +152,7 @@ impl Vectors for [__m256; 2] {
     unsafe fn raise(self, index: [__m256i; 2], by: i32, table: Self) -> [__m256i; 2] {
         unsafe {
             let by = _mm256_set1_epi32(by);
-            let mut out = index;
-            for half in 0..2 {
-                let raised = _mm256_add_epi32(index[half], by);
-                let passes = _mm256_cmp_ps::<_CMP_GE_OQ>(self[half], nibble(table, raised));
-                out[half] = _mm256_add_epi32(index[half], _mm256_and_si256(_mm256_castps_si256(passes), by));
-            }
-            out
+            [raise8(self[0], index[0], by, table), raise8(self[1], index[1], by, table)]
         }
     }
     #[inline(always)]
@@ -179,16 +173,14 @@ impl Vectors for [__m256; 2] {
     #[inline(always)]
     unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
-            let mut out = [Self::zero(); 4];
-            for half in 0..2 {
-                let both = _mm256_loadu_si256(p.add(32 * half).cast());
-                let all = if HIGH { _mm256_srli_epi32::<4>(both) } else { both };
-                out[0][half] = nibble(levels, all);
-                out[1][half] = nibble(levels, _mm256_srli_epi32::<8>(all));
-                out[2][half] = nibble(levels, _mm256_srli_epi32::<16>(all));
-                out[3][half] = nibble(levels, _mm256_srli_epi32::<24>(all));
-            }
-            out
+            let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast()));
+            let (a, b) = if HIGH { (_mm256_srli_epi32::<4>(a), _mm256_srli_epi32::<4>(b)) } else { (a, b) };
+            [
+                [nibble(levels, a), nibble(levels, b)],
+                [nibble(levels, _mm256_srli_epi32::<8>(a)), nibble(levels, _mm256_srli_epi32::<8>(b))],
+                [nibble(levels, _mm256_srli_epi32::<16>(a)), nibble(levels, _mm256_srli_epi32::<16>(b))],
+                [nibble(levels, _mm256_srli_epi32::<24>(a)), nibble(levels, _mm256_srli_epi32::<24>(b))],
+            ]
         }
     }
 }
@@ -209,6 +201,15 @@ unsafe fn dot8(sums: __m256i, quants: __m256i, x: __m256i) -> __m256i {
     unsafe {
         let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(quants), _mm256_sign_epi8(x, quants));
         _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+    }
+}
+
+/// Half of [`Vectors::raise`].
+#[inline(always)]
+unsafe fn raise8(v: __m256, index: __m256i, by: __m256i, table: [__m256; 2]) -> __m256i {
+    unsafe {
+        let passes = _mm256_cmp_ps::<_CMP_GE_OQ>(v, nibble(table, _mm256_add_epi32(index, by)));
+        _mm256_add_epi32(index, _mm256_and_si256(_mm256_castps_si256(passes), by))
     }
 }
 
