@@ -110,10 +110,6 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
-    pub(crate) fn ops_of(&self, segment: SegmentId) -> &[Op] {
-        &self.ops[self.segments[segment.0].ops.clone()]
-    }
-
     /// How many exchanges join the ranks.
     pub(crate) fn collectives(&self) -> usize {
         self.segments.iter().filter(|s| s.exchange != Exchange::Pass).count()

@@ -14,8 +14,9 @@ use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts,
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
+use crate::kernels::memory::Words;
 use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
-use crate::kernels::pool::{self, Pool, Scatter, for_each};
+use crate::kernels::pool::{Pool, Scatter, for_each};
 use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
@@ -54,7 +55,7 @@ pub(crate) struct CpuPlace {
     /// `[buf][rank]`; of a shared buffer there is one.
     bufs: Vec<Vec<Activation>>,
     /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
-    pages: Vec<Vec<u32>>,
+    pages: Vec<Words>,
     threads: Threads,
     output: Vec<f32>,
     counts: PlaceCounts,
@@ -102,20 +103,26 @@ impl CpuPlace {
         (0..rank).map(|r| self.plan.layers * words(r)).sum::<usize>() + layer * words(rank)
     }
 
-    fn make_pages(&mut self, batch: &Batch) {
+    fn problem(&self, problem: String) -> Error {
+        Error::Device { stage: self.stage, ranks: self.ranks.clone(), device: self.device().into(), problem }
+    }
+
+    fn make_pages(&mut self, batch: &Batch) -> Result<()> {
         let words = self.kv_offset(self.parts.len() - 1, self.plan.layers);
         let pages = batch.seqs.iter().flat_map(|s| &s.pages).chain(batch.copies.as_flattened());
         let most = pages.max().map_or(0, |&p| p as usize + 1);
         while self.pages.len() < most {
-            self.pages.push(vec![0; words]);
+            let problem = |e| self.problem(format!("no memory for a page of the KV cache, {} bytes: {e}", 4 * words));
+            self.pages.push(Words::zeroed(words).map_err(problem)?);
         }
+        Ok(())
     }
 
     fn copy_pages(&mut self, copies: &[[PageId; 2]]) {
         for &[from, to] in copies {
-            let mut page = std::mem::take(&mut self.pages[to as usize]);
-            page.copy_from_slice(&self.pages[from as usize]);
-            self.pages[to as usize] = page;
+            if let Ok([to, from]) = self.pages.get_disjoint_mut([to as usize, from as usize]) {
+                to.copy_from_slice(from);
+            }
         }
     }
 
@@ -298,7 +305,7 @@ impl Place for CpuPlace {
     }
 
     fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
-        self.make_pages(batch);
+        self.make_pages(batch)?;
         if segment.0 == 0 {
             self.copy_pages(&batch.copies);
         }
@@ -306,8 +313,7 @@ impl Place for CpuPlace {
         let segment_spec = self.plan.segments[segment.0].clone();
         if let Some(write) = segment_spec.write {
             let Some(input) = input.host() else {
-                let problem = "rows were passed to it that lie on a GPU".into();
-                return Err(Error::Device { stage: self.stage, ranks: self.ranks.clone(), device: self.device().into(), problem });
+                return Err(self.problem("rows were passed to it that lie on a GPU".into()));
             };
             self.bufs[write.0][0].data.copy_from_slice(input);
             self.counts.bytes_written += size_of_val(input) as u64;

@@ -16,6 +16,7 @@ use half::slice::HalfFloatSliceExt;
 
 use crate::backend::{BLOCK, KvType, Seq};
 use crate::kernels::linear::Isa;
+use crate::kernels::memory::Words;
 use crate::kernels::pool::{for_each, threads};
 
 mod tile;
@@ -107,7 +108,7 @@ fn store<E: Pod>(
 pub(crate) struct Cache<'a> {
     pub shape: KvShape,
     /// Every page of the place.
-    pub pages: &'a [Vec<u32>],
+    pub pages: &'a [Words],
     /// Words of a page before the layer's keys; its values follow.
     pub offset: usize,
     pub seq: &'a Seq,

@@ -7,6 +7,7 @@ pub(crate) mod fast;
 pub(crate) mod lanes;
 pub(crate) mod linear;
 pub(crate) mod matrix;
+pub(crate) mod memory;
 pub(crate) mod parallel;
 pub(crate) mod pool;
 pub(crate) mod product;

@@ -123,9 +123,9 @@ impl GpuPlace {
         let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
         let mut segments = Vec::new();
-        for (i, segment) in assignment.plan.segments.iter().enumerate() {
+        for segment in &assignment.plan.segments {
             let start = lowerer.len();
-            for op in assignment.plan.ops_of(SegmentId(i)) {
+            for op in &assignment.plan.ops[segment.ops.clone()] {
                 lowerer.op(op)?;
             }
             segments.push(Segment {

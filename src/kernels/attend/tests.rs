@@ -1,6 +1,7 @@
 use std::sync::Mutex;
 
 use super::*;
+use crate::kernels::memory::Words;
 use crate::kernels::pool::Pool;
 
 const KV_HEADS: usize = 2;
@@ -12,7 +13,7 @@ fn value(i: usize) -> f32 {
 /// A sequence whose pages lie backwards, those in front of its window being gone, behind other words in each page.
 struct Sequence {
     shape: KvShape,
-    pages: Vec<Vec<u32>>,
+    pages: Vec<Words>,
     seq: Seq,
 }
 
@@ -24,7 +25,12 @@ impl Sequence {
         let first_page = positions.start / kv.page_len();
         let n = positions.end.div_ceil(kv.page_len()) - first_page;
         // What nobody stored must not matter: it is not a number.
-        let mut pages = vec![vec![u32::MAX; OFFSET + 2 * shape.words()]; n + 1];
+        let page = |_| {
+            let mut page = Words::zeroed(OFFSET + 2 * shape.words()).unwrap();
+            page.fill(u32::MAX);
+            page
+        };
+        let mut pages: Vec<Words> = (0..=n).map(page).collect();
         let seq = Seq { pages: (1..=n as u32).rev().collect(), first_page: first_page as u32 };
         for position in positions {
             let page = &mut pages[seq.pages[position / kv.page_len() - first_page] as usize][OFFSET..];

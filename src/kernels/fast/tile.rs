@@ -23,6 +23,7 @@ impl Kernel {
     }
 
     /// Those that this CPU has for weights of this dtype, best first.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] // only x86 has a kernel of its own for a dtype
     pub(super) fn available(dtype: DType) -> Vec<Self> {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]

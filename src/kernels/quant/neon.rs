@@ -2,65 +2,16 @@
 
 use std::arch::aarch64::*;
 
-use half::{bf16, f16};
-
 use super::vectors::Vectors;
 use crate::kernels::lanes::Lanes;
 
 /// Rows 0..4, 4..8, 8..12 and 12..16.
-#[derive(Clone, Copy)]
-pub(super) struct Neon([float32x4_t; 4]);
+pub(super) type Neon = [float32x4_t; 4];
 
-impl Neon {
-    #[inline(always)]
-    fn to_array(self) -> [f32; 16] {
-        // SAFETY: both are 64 bytes of f32.
-        unsafe { std::mem::transmute(self.0) }
-    }
-}
-
-impl Lanes for Neon {
-    #[inline(always)]
-    unsafe fn zero() -> Self {
-        unsafe { Self::splat(0.0) }
-    }
-    #[inline(always)]
-    unsafe fn splat(v: f32) -> Self {
-        unsafe { Self([vdupq_n_f32(v); 4]) }
-    }
-    #[inline(always)]
-    unsafe fn store(self, p: *mut f32) {
-        unsafe {
-            for i in 0..4 {
-                vst1q_f32(p.add(4 * i), self.0[i]);
-            }
-        }
-    }
-    #[inline(always)]
-    unsafe fn load_f32(p: *const f32) -> Self {
-        unsafe { Self([vld1q_f32(p), vld1q_f32(p.add(4)), vld1q_f32(p.add(8)), vld1q_f32(p.add(12))]) }
-    }
-    #[inline(always)]
-    unsafe fn load_f16(p: *const f16) -> Self {
-        unsafe { Self::load_f32(p.cast::<[f16; 16]>().read_unaligned().map(f16::to_f32).as_ptr()) }
-    }
-    #[inline(always)]
-    unsafe fn load_bf16(p: *const bf16) -> Self {
-        unsafe { Self::load_f32(<[f32; 16]>::load_bf16(p).as_ptr()) }
-    }
-    #[inline(always)]
-    unsafe fn fma(mut self, a: Self, b: Self) -> Self {
-        unsafe {
-            for i in 0..4 {
-                self.0[i] = vfmaq_f32(self.0[i], a.0[i], b.0[i]);
-            }
-            self
-        }
-    }
-    #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        unsafe { self.to_array().sum() }
-    }
+#[inline(always)]
+fn to_array(v: Neon) -> [f32; 16] {
+    // SAFETY: both are 64 bytes of f32.
+    unsafe { std::mem::transmute(v) }
 }
 
 impl Vectors for Neon {
@@ -111,7 +62,7 @@ impl Vectors for Neon {
     }
     #[inline(always)]
     unsafe fn to_f32(sums: [int32x4_t; 4]) -> Self {
-        unsafe { Self([vcvtq_f32_s32(sums[0]), vcvtq_f32_s32(sums[1]), vcvtq_f32_s32(sums[2]), vcvtq_f32_s32(sums[3])]) }
+        unsafe { [vcvtq_f32_s32(sums[0]), vcvtq_f32_s32(sums[1]), vcvtq_f32_s32(sums[2]), vcvtq_f32_s32(sums[3])] }
     }
     #[inline(always)]
     unsafe fn to_ints(sums: [int32x4_t; 4]) -> [i32; 16] {
@@ -120,12 +71,12 @@ impl Vectors for Neon {
     }
     #[inline(always)]
     unsafe fn look_up(table: Self, index: [int32x4_t; 4]) -> Self {
-        unsafe { Self::load_f32(<[f32; 16]>::look_up(table.to_array(), Self::to_ints(index)).as_ptr()) }
+        unsafe { Self::load_f32(<[f32; 16]>::look_up(to_array(table), Self::to_ints(index)).as_ptr()) }
     }
     #[inline(always)]
     unsafe fn raise(self, index: [int32x4_t; 4], by: i32, table: Self) -> [int32x4_t; 4] {
         // SAFETY: both are 64 bytes of integers.
-        unsafe { std::mem::transmute(self.to_array().raise(Self::to_ints(index), by, table.to_array())) }
+        unsafe { std::mem::transmute(to_array(self).raise(Self::to_ints(index), by, to_array(table))) }
     }
     #[inline(always)]
     unsafe fn columns(p: *const u8) -> [Self; 4] {
@@ -135,7 +86,7 @@ impl Vectors for Neon {
     unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {
         unsafe {
             // All levels are small integers.
-            let halves = Self::quants_4(p, Self::levels(&levels.to_array().map(|v| v as i8)));
+            let halves = Self::quants_4(p, Self::levels(&to_array(levels).map(|v| v as i8)));
             columns(halves[usize::from(HIGH)])
         }
     }
@@ -151,10 +102,10 @@ unsafe fn columns(quants: [int8x16_t; 4]) -> [Neon; 4] {
         let mut out = [Neon::zero(); 4];
         for i in 0..4 {
             let q = vreinterpretq_s32_s8(quants[i]);
-            out[0].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<24>(q)));
-            out[1].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<16>(q)));
-            out[2].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<8>(q)));
-            out[3].0[i] = vcvtq_f32_s32(vshrq_n_s32::<24>(q));
+            out[0][i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<24>(q)));
+            out[1][i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<16>(q)));
+            out[2][i] = vcvtq_f32_s32(vshrq_n_s32::<24>(vshlq_n_s32::<8>(q)));
+            out[3][i] = vcvtq_f32_s32(vshrq_n_s32::<24>(q));
         }
         out
     }

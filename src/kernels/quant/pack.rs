@@ -3,7 +3,6 @@
 use std::ops::Range;
 
 use half::f16;
-use memmap2::MmapMut;
 
 use super::Isa;
 use super::encode::{Stored, encode};
@@ -12,6 +11,7 @@ use super::packed::{Packed, Shape, TILE};
 use super::vectors::Vectors;
 use crate::kernels::lanes::Element;
 use crate::kernels::matrix::{Matrix, Row};
+use crate::kernels::memory::zeroed;
 use crate::kernels::pool::{Scatter, for_each};
 
 impl Packed {
@@ -44,7 +44,7 @@ impl Packed {
         // With all columns of its blocks, as far as the whole matrix has them.
         let blocks = cols.start - shape.lead..cols.end.next_multiple_of(BLOCK).min(whole.cols()).max(cols.end);
         let source = whole.slice(rows, blocks);
-        let mut storage = MmapMut::map_anon(shape.bytes().max(1)).expect("memory for the weights");
+        let mut storage = zeroed(shape.bytes()).expect("memory for the weights");
         let tiles = Scatter::new(&mut storage);
         for_each(shape.rows.div_ceil(TILE), |tile, _| {
             // SAFETY: every tile is one task's.

@@ -140,6 +140,7 @@ impl Packed {
     ///
     /// # Panics
     /// If `r` or the length of `out` doesn't fit the matrix.
+    #[cfg(test)]
     pub(crate) fn row_to_f32(&self, r: usize, out: &mut [f32]) {
         let Shape { rows, cols, lead, format } = self.shape;
         assert!(r < rows, "row {r} of a matrix of {rows} rows");
@@ -154,6 +155,7 @@ impl Packed {
 }
 
 /// Weight k of row r of a block, in units of its scale.
+#[cfg(test)]
 pub(super) fn quant(format: QuantFormat, block: &[u8], r: usize, k: usize) -> i8 {
     let at = |k: usize| block[k / 4 * 64 + 4 * r + k % 4];
     match format.codebook() {

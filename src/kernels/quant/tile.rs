@@ -7,8 +7,8 @@ use half::f16;
 use super::packed::{Packed, TILE};
 use crate::kernels::lanes::Lanes;
 
-/// How far ahead weights are fetched, in bytes of quants.
-const AHEAD: usize = 4096;
+/// How far ahead weights are fetched, in bytes of quants of all tiles that are gone through together.
+const AHEAD: usize = 8192;
 
 /// Where a tile's blocks lie, and those of the one behind it in memory.
 #[derive(Clone, Copy)]
@@ -37,30 +37,29 @@ impl Packed {
 
 impl TileAt<'_> {
     /// # Safety
-    /// `block` is below `blocks`, here and below.
+    /// The matrix has a tile so many behind this one, and `block` is below `blocks`, here and below.
     #[inline(always)]
-    pub unsafe fn quants(&self, block: usize) -> *const u8 {
-        unsafe { self.quants.as_ptr().add(block * self.block_bytes) }
+    pub unsafe fn quants(&self, tile: usize, block: usize) -> *const u8 {
+        self.quants.as_ptr().wrapping_add(tile * self.tile_bytes + block * self.block_bytes)
     }
 
     /// # Safety
     /// As [`TileAt::quants`].
     #[inline(always)]
-    pub unsafe fn scales(&self, block: usize) -> *const f16 {
-        unsafe { self.scales.as_ptr().add(block * TILE) }
+    pub unsafe fn scales(&self, tile: usize, block: usize) -> *const f16 {
+        self.scales.as_ptr().wrapping_byte_add(tile * self.tile_bytes + block * TILE * size_of::<f16>())
     }
 
-    /// Fetches what will be needed some blocks after this one, in this tile or the next.
+    /// Fetches what will be needed some blocks after this one, in this tile or the one that follows when T at a time are gone through.
     ///
     /// # Safety
     /// The CPU has the instructions of `L`.
     #[inline(always)]
-    pub unsafe fn prefetch<L: Lanes>(&self, block: usize) {
-        let ahead = block + AHEAD / self.block_bytes;
-        let (block, tile) = if ahead < self.blocks { (ahead, 0) } else { (ahead - self.blocks, self.tile_bytes) };
-        let quants = self.quants.as_ptr().wrapping_add(block * self.block_bytes + tile);
-        let scales = self.scales.as_ptr().wrapping_byte_add(block * TILE * size_of::<f16>() + tile);
+    pub unsafe fn prefetch<L: Lanes, const T: usize>(&self, tile: usize, block: usize) {
+        let ahead = block + AHEAD / T / self.block_bytes;
+        let (block, tile) = if ahead < self.blocks { (ahead, tile) } else { (ahead - self.blocks, tile + T) };
         unsafe {
+            let (quants, scales) = (self.quants(tile, block), self.scales(tile, block));
             for line in (0..self.block_bytes).step_by(64) {
                 L::prefetch(quants.wrapping_add(line));
             }
