@@ -81,14 +81,70 @@ pub(crate) fn rope(x: &mut [f32], angles: &[f32]) {
 
 /// `gate = silu(gate) * up`, where silu(v) = v / (1 + exp(-v)). Both `[channels]`.
 pub(crate) fn swiglu(gate: &mut [f32], up: &[f32]) {
-    for (g, u) in gate.iter_mut().zip(up) {
-        *g = *g / (1.0 + (-*g).exp()) * u;
-    }
+    widely(|| {
+        for (g, u) in gate.iter_mut().zip(up) {
+            // Of e^v and e^-v the one that can't overflow.
+            let e = exp(-g.abs());
+            let numerator = if *g < 0.0 { e } else { 1.0 };
+            *g = *g * numerator / (1.0 + e) * u;
+        }
+    });
+}
+
+/// e^x for x <= 0, within 2 units of the last place, as the compiler can vectorise it: 2^n e^r with |r| <= ln(2) / 2, the polynomial of
+/// Cephes' expf (Moshier 1989). What f32 holds only as a subnormal becomes 0; NaN stays NaN.
+#[inline(always)]
+#[expect(clippy::excessive_precision)] // as published
+fn exp(x: f32) -> f32 {
+    let n = (x * std::f32::consts::LOG2_E).max(-126.0).round_ties_even();
+    let r = x - n * 0.693_359_375 + n * 2.121_944_4e-4;
+    let p = 1.987_569_15e-4;
+    let p = p * r + 1.398_199_95e-3;
+    let p = p * r + 8.333_451_9e-3;
+    let p = p * r + 4.166_579_59e-2;
+    let p = p * r + 1.666_666_55e-1;
+    let p = p * r + 5.000_000_12e-1;
+    let e = p * r * r + r + 1.0;
+    let power = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    if x < -87.0 { 0.0 } else { e * power }
 }
 
 /// `x += y`
 pub(crate) fn add(x: &mut [f32], y: &[f32]) {
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_right_to_the_last_places_and_ends_at_zero() {
+        for i in 0..200_000 {
+            let x = -(i as f32) * 5e-4;
+            let (found, want) = (f64::from(exp(x)), f64::from(x).exp());
+            assert!((found - want).abs() <= 2.5e-7 * want + 1e-37, "e^{x} is {want}, not {found}");
+        }
+        assert_eq!((exp(0.0), exp(-0.0), exp(-1000.0), exp(f32::NEG_INFINITY)), (1.0, 1.0, 0.0, 0.0));
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn swiglu_is_right_for_any_gate_and_length() {
+        for n in [0, 1, 7, 16, 33, 500] {
+            let value = |i: usize| (i as f32 - n as f32 / 2.0) * 0.37;
+            let (mut gate, up): (Vec<f32>, Vec<f32>) = ((0..n).map(value).collect(), (0..n).map(|i| value(i) + 1.0).collect());
+            swiglu(&mut gate, &up);
+            for (i, y) in gate.iter().enumerate() {
+                let (g, u) = (f64::from(value(i)), f64::from(up[i]));
+                let want = g / (1.0 + (-g).exp()) * u;
+                assert!((f64::from(*y) - want).abs() <= 1e-6 * want.abs() + 1e-30, "{i} of {n}: {y} is not {want}");
+            }
+        }
+        let mut gate = [1e30, -1e30, f32::INFINITY, f32::NAN];
+        swiglu(&mut gate, &[1.0; 4]);
+        assert!(gate[0] == 1e30 && gate[1] == 0.0 && gate[2] == f32::INFINITY && gate[3].is_nan(), "{gate:?}");
     }
 }
