@@ -452,7 +452,7 @@ mod tests {
         let ids: Vec<u32> = (0..200).map(|i| i * 3 % 384).collect();
         let [exact, half] = [crate::KvType::F32, crate::KvType::F16].map(|kv| {
             let mut state = InferenceState::with_kv(model.config(), kv);
-            model.fast_prefill(&mut state, &ids).unwrap();
+            model.prefill(&mut state, &ids).unwrap();
             state
         });
         let gap = exact.logits().iter().zip(half.logits()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
