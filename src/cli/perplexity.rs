@@ -143,7 +143,7 @@ fn front(tokenizer: &Tokenizer) -> Outcome<Vec<u32>> {
 /// Parts of a text that end with a line, each the shortest such of at least `size` bytes.
 fn parts(mut text: &str, size: usize) -> impl Iterator<Item = &str> {
     std::iter::from_fn(move || {
-        let from = size.min(text.len());
+        let from = (size - 1).min(text.len());
         let end = text.as_bytes()[from..].iter().position(|&byte| byte == b'\n').map_or(text.len(), |at| from + at + 1);
         let part;
         (part, text) = text.split_at(end);
@@ -159,9 +159,9 @@ mod tests {
     fn parts_are_the_text_and_end_with_lines() {
         let text = "one\ntwo\n\nthreé\nfour";
         for (size, wanted) in [
-            (1, &["one\n", "two\n", "\nthreé\n", "four"][..]),
-            (4, &["one\ntwo\n", "\nthreé\n", "four"]),
-            (7, &["one\ntwo\n", "\nthreé\nfour"]),
+            (1, &["one\n", "two\n", "\n", "threé\n", "four"][..]),
+            (4, &["one\n", "two\n", "\nthreé\n", "four"]),
+            (9, &["one\ntwo\n\n", "threé\nfour"]),
             (99, &[text]),
         ] {
             assert_eq!(parts(text, size).collect::<Vec<_>>(), wanted, "of {size} bytes");

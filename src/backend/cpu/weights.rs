@@ -2,7 +2,7 @@
 
 use crate::backend::cpu::cache::{CacheFile, Cached};
 use crate::backend::{Assignment, Cut, Packing};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::product::Weights;
 use crate::kernels::quant::Packed;
 use crate::plan::{Weight, WeightShape};
@@ -86,7 +86,13 @@ impl<'a> Packer<'a> {
             (self.packing.progress)(bytes);
             return Ok(packed);
         }
-        let packed = Packed::quantise(&whole, rows, cols, format, self.packing.progress);
+        let (n, of) = (Packed::bytes_for(format, rows.len(), cols.len()), self.assignment);
+        let packed = Packed::quantise(&whole, rows, cols, format, self.packing.progress).map_err(|e| Error::Device {
+            stage: of.stage,
+            ranks: of.ranks.clone(),
+            device: "cpu".into(),
+            problem: format!("no memory for the {n} bytes of {name}: {e}"),
+        })?;
         // What was read of the checkpoint is not needed again.
         whole.forget();
         if self.file.is_some() {

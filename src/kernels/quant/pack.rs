@@ -1,5 +1,6 @@
 //! Quantising a matrix into tiles.
 
+use std::io;
 use std::ops::Range;
 
 use half::f16;
@@ -14,21 +15,27 @@ use crate::kernels::matrix::{Matrix, Row};
 use crate::kernels::memory::zeroed;
 use crate::kernels::pool::{Scatter, for_each};
 
+/// Tiles whose source is given back to the system together.
+const FORGOTTEN: usize = 16;
+
 impl Packed {
     /// Quantises the weights at `rows` and `cols` of a whole matrix, on the threads of the pool that this is called in.
     ///
     /// Blocks have the whole matrix's borders: the neighbours' columns in a block that `cols` cuts are stored too. `done` is told
     /// the bytes of the source that every finished tile took.
     ///
+    /// # Errors
+    /// If there is no memory.
+    ///
     /// # Panics
-    /// If a range reaches outside the matrix, or there is no memory.
+    /// If a range reaches outside the matrix.
     pub(crate) fn quantise(
         whole: &Matrix,
         rows: Range<usize>,
         cols: Range<usize>,
         format: QuantFormat,
         done: &(dyn Fn(usize) + Sync),
-    ) -> Self {
+    ) -> io::Result<Self> {
         Self::quantise_on(Isa::best(), whole, rows, cols, format, done)
     }
 
@@ -39,12 +46,12 @@ impl Packed {
         cols: Range<usize>,
         format: QuantFormat,
         done: &(dyn Fn(usize) + Sync),
-    ) -> Self {
+    ) -> io::Result<Self> {
         let shape = Shape { format, rows: rows.len(), cols: cols.len(), lead: cols.start % BLOCK };
         // With all columns of its blocks, as far as the whole matrix has them.
         let blocks = cols.start - shape.lead..cols.end.next_multiple_of(BLOCK).min(whole.cols()).max(cols.end);
         let source = whole.slice(rows, blocks);
-        let mut storage = zeroed(shape.bytes()).expect("memory for the weights");
+        let mut storage = zeroed(shape.bytes())?;
         let tiles = Scatter::new(&mut storage);
         for_each(shape.rows.div_ceil(TILE), |tile, _| {
             // SAFETY: every tile is one task's.
@@ -61,9 +68,13 @@ impl Packed {
                     _ => fill::<[f32; 16]>(&source, rows, shape, out),
                 }
             }
+            // What was read is not needed again. A neighbour that is not done yet fetches its pages once more.
+            if tile % FORGOTTEN == FORGOTTEN - 1 {
+                source.slice((tile + 1 - FORGOTTEN) * TILE..shape.rows.min((tile + 1) * TILE), 0..source.cols()).forget();
+            }
             done(bytes);
         });
-        Self::new(shape, storage.make_read_only().expect("the weights can be made read-only"))
+        Ok(Self::new(shape, storage.make_read_only()?))
     }
 }
 

@@ -26,7 +26,7 @@ fn values(n: usize, seed: u32) -> Vec<f32> {
 }
 
 fn quantise(isa: Isa, whole: &Matrix, rows: Range<usize>, cols: Range<usize>, format: QuantFormat) -> Packed {
-    Packed::quantise_on(isa, whole, rows, cols, format, &|_| {})
+    Packed::quantise_on(isa, whole, rows, cols, format, &|_| {}).unwrap()
 }
 
 fn row(w: &Packed, r: usize) -> Vec<f32> {
@@ -251,7 +251,7 @@ fn all_bytes_of_the_source_are_reported_done() {
     let whole = Matrix::from_f32(50, 70, values(50 * 70, 4));
     let bytes = AtomicUsize::new(0);
     let report = |n| _ = bytes.fetch_add(n, Ordering::Relaxed);
-    Packed::quantise(&whole, 1..50, 5..70, QuantFormat::Q4_0, &report);
+    Packed::quantise(&whole, 1..50, 5..70, QuantFormat::Q4_0, &report).unwrap();
     assert_eq!(bytes.into_inner(), 49 * 65 * 4);
 }
 
