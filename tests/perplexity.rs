@@ -44,7 +44,9 @@ fn tokens_cost_what_they_cost_by_the_logits_of_transformers() {
             for fast in [false, true] {
                 let found = score(&model, &mut InferenceState::new(model.config()), &case.ids, fast).unwrap();
                 assert_eq!(found.tokens, case.ids.len() - 1);
-                assert!((found.nats - wanted).abs() <= 1e-3 * found.tokens as f64, "{name} {}: {} is not {wanted}", case.name, found.nats);
+                // The fast forms round activations to bf16 where the weights are.
+                let bound = if fast { 1e-2 } else { 1e-3 };
+                assert!((found.nats - wanted).abs() <= bound * found.tokens as f64, "{name} {}: {} is not {wanted}", case.name, found.nats);
             }
         }
     }
