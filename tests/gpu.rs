@@ -259,7 +259,7 @@ fn an_f16_cache_on_a_gpu_agrees_with_the_cpus() {
     let [on_gpu, on_cpu] = [gpu, Device::cpu()].map(|device| {
         let model = TensorParallelMistral::load_on_gpus(fixture::load("gqa-headdim"), vec![device]).unwrap();
         let mut state = InferenceState::with_kv(model.config(), KvType::F16);
-        model.fast_prefill(&mut state, &ids).unwrap();
+        model.prefill(&mut state, &ids).unwrap();
         model.fast_forward(&mut state, 7, false);
         state.logits().to_vec()
     });
