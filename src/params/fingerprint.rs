@@ -25,9 +25,9 @@ pub(super) fn fingerprint(config: &[u8], files: &[SafetensorsFile]) -> u64 {
 }
 
 /// [`fingerprint`] with the time at which each file was last written: the samples can't see a change between them.
-pub(super) fn stamp(config: &[u8], files: &[SafetensorsFile]) -> String {
+pub(super) fn stamp(fingerprint: u64, files: &[SafetensorsFile]) -> String {
     let written: Vec<u128> = files.iter().map(|file| file.written().map_or(0, |since| since.as_nanos())).collect();
-    format!("{:016x} written {written:?}", fingerprint(config, files))
+    format!("{fingerprint:016x} written {written:?}")
 }
 
 /// FNV-1a in 64 bits: <http://www.isthe.com/chongo/tech/comp/fnv/>. The standard library's hasher may change with its version.

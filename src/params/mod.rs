@@ -70,7 +70,8 @@ impl Parameters {
             let matrix = file.matrix(&name, &shape)?;
             tensors.insert(name, matrix);
         }
-        let (fingerprint, stamp) = (fingerprint::fingerprint(&json, &files), fingerprint::stamp(&json, &files));
+        let fingerprint = fingerprint::fingerprint(&json, &files);
+        let stamp = fingerprint::stamp(fingerprint, &files);
         let tokenizer = OnceLock::new();
         Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint, stamp, tokenizer })))
     }
