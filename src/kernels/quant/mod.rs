@@ -22,6 +22,9 @@ mod x86;
 
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::linear;
+
 pub(crate) use exact::packed_rows;
 pub(crate) use fast::packed_rows_int8;
 pub(crate) use format::BLOCK;
@@ -53,16 +56,12 @@ impl Isa {
         let mut found = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
-            let avx512 =
-                avx2 && is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
-            if avx512 && is_x86_feature_detected!("avx512vnni") {
-                found.push(Self::Vnni);
-            }
-            if avx512 {
-                found.push(Self::Avx512);
-            }
-            if avx2 {
+            let dense = linear::Isa::available();
+            if dense.contains(&linear::Isa::Avx2) {
+                if dense.contains(&linear::Isa::Avx512) {
+                    found.extend(is_x86_feature_detected!("avx512vnni").then_some(Self::Vnni));
+                    found.push(Self::Avx512);
+                }
                 found.push(Self::Avx2);
             }
         }
