@@ -203,34 +203,11 @@ thread_local! {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use half::f16;
-    use memmap2::MmapMut;
-
     use super::*;
-
-    fn values(n: usize, seed: u32) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(2_654_435_761) | 1;
-        let mut next = || {
-            s ^= s << 13;
-            s ^= s >> 17;
-            s ^= s << 5;
-            (s >> 8) as f32 / (1 << 23) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
+    use crate::kernels::samples::{mapped, values};
 
     fn matrix(dtype: DType, rows: usize, cols: usize) -> Matrix {
-        let values = values(rows * cols, 1).into_iter();
-        let bytes: Vec<u8> = match dtype {
-            DType::F32 => values.flat_map(f32::to_ne_bytes).collect(),
-            DType::F16 => values.flat_map(|v| f16::from_f32(v).to_ne_bytes()).collect(),
-            DType::Bf16 => values.flat_map(|v| bf16::from_f32(v).to_ne_bytes()).collect(),
-        };
-        let mut map = MmapMut::map_anon(bytes.len()).unwrap();
-        map.copy_from_slice(&bytes);
-        Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
+        mapped(dtype, rows, cols, &values(rows * cols, 1))
     }
 
     /// Every output once, and as near to the product in f64 as the module's head promises.

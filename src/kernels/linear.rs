@@ -301,38 +301,18 @@ pub(super) fn padded<T: Copy + Default>(tail: &[T]) -> [T; LANES] {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use half::{bf16, f16};
-    use memmap2::MmapMut;
 
     use super::*;
     use crate::kernels::matrix::DType;
-
-    fn values(n: usize, seed: u32) -> Vec<f32> {
-        let mut s = seed.wrapping_mul(2_654_435_761) | 1;
-        (0..n)
-            .map(|_| {
-                s ^= s << 13;
-                s ^= s >> 17;
-                s ^= s << 5;
-                (s >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
+    use crate::kernels::samples::{mapped, values};
 
     /// The same values as every dtype stores them, and those values.
     fn matrices(rows: usize, cols: usize, seed: u32) -> [(Matrix, Vec<f32>); 3] {
         let values: Vec<f32> = values(rows * cols, seed);
         let f16s: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
         let bf16s: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
-        let mapped = |dtype, bytes: &[u8]| {
-            let mut map = MmapMut::map_anon(bytes.len()).unwrap();
-            map.copy_from_slice(bytes);
-            Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
-        };
-        let f16_matrix = mapped(DType::F16, bytemuck::cast_slice(&f16s));
-        let bf16_matrix = mapped(DType::Bf16, bytemuck::cast_slice(&bf16s));
+        let (f16_matrix, bf16_matrix) = (mapped(DType::F16, rows, cols, &values), mapped(DType::Bf16, rows, cols, &values));
         [
             (Matrix::from_f32(rows, cols, values.clone()), values),
             (f16_matrix, f16s.iter().map(|v| v.to_f32()).collect()),

@@ -12,6 +12,8 @@ pub(crate) mod parallel;
 pub(crate) mod pool;
 pub(crate) mod product;
 pub(crate) mod quant;
+#[cfg(test)]
+pub(crate) mod samples;
 
 use linear::Isa;
 

@@ -204,14 +204,11 @@ fn matmul(weights: &Matrix, input: &[f32]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use std::panic::{AssertUnwindSafe, catch_unwind};
-    use std::sync::Arc;
     use std::sync::atomic::Ordering::Relaxed;
-
-    use half::{bf16, f16};
-    use memmap2::MmapMut;
 
     use super::*;
     use crate::kernels::matrix::DType;
+    use crate::kernels::samples;
 
     /// Multiples of 1/8 up to 2: exact in every dtype, and so are their sums of products in f32 in any order.
     fn exact(n: usize, seed: usize) -> Vec<f32> {
@@ -224,15 +221,7 @@ mod tests {
 
     /// The same values as [`matrix`], stored as `dtype` in mapped memory.
     fn mapped(dtype: DType, rows: usize, cols: usize, seed: usize) -> Matrix {
-        let values = exact(rows * cols, seed).into_iter();
-        let bytes: Vec<u8> = match dtype {
-            DType::F32 => values.flat_map(f32::to_ne_bytes).collect(),
-            DType::F16 => values.flat_map(|v| f16::from_f32(v).to_ne_bytes()).collect(),
-            DType::Bf16 => values.flat_map(|v| bf16::from_f32(v).to_ne_bytes()).collect(),
-        };
-        let mut map = MmapMut::map_anon(bytes.len().max(1)).unwrap();
-        map[..bytes.len()].copy_from_slice(&bytes);
-        Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
+        samples::mapped(dtype, rows, cols, &exact(rows * cols, seed))
     }
 
     fn product(weights: &Matrix, x: &[f32]) -> Vec<f32> {

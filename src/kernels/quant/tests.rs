@@ -12,17 +12,11 @@ use super::fast::packed_rows_int8_on;
 use super::format::BLOCK;
 use super::{Int8Rows, Isa, Packed, QuantFormat, TILE};
 use crate::kernels::matrix::{DType, Matrix};
+use crate::kernels::samples;
 
+/// Bell-shaped, as weights are.
 fn values(n: usize, seed: u32) -> Vec<f32> {
-    let mut s = seed.wrapping_mul(2_654_435_761) | 1;
-    let mut next = || {
-        s ^= s << 13;
-        s ^= s >> 17;
-        s ^= s << 5;
-        (s >> 8) as f32 / (1 << 23) as f32 - 1.0
-    };
-    // Bell-shaped, as weights are.
-    (0..n).map(|_| next() + next() + next()).collect()
+    samples::values(3 * n, seed).chunks_exact(3).map(|v| v[0] + v[1] + v[2]).collect()
 }
 
 fn quantise(isa: Isa, whole: &Matrix, rows: Range<usize>, cols: Range<usize>, format: QuantFormat) -> Packed {

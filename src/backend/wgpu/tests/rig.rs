@@ -6,9 +6,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use half::{bf16, f16};
-use memmap2::MmapMut;
-
 use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::wgpu::shaders::{Reduce, Tuning};
@@ -16,9 +13,10 @@ use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Place, R
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
-use crate::kernels::matrix::{DType, Matrix};
+use crate::kernels::matrix::Matrix;
 use crate::kernels::parallel::WorkDistributionConfig;
 use crate::kernels::pool::Pool;
+pub(super) use crate::kernels::samples::mapped as matrix;
 use crate::partition::{RankPartition, StagePartition};
 use crate::plan::{Plan, Recorder, SegmentId};
 
@@ -68,18 +66,6 @@ impl Numbers {
             })
             .collect()
     }
-}
-
-/// A matrix of these values in a dtype, as if mapped from a file.
-pub(super) fn matrix(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> Matrix {
-    let bytes: Vec<u8> = match dtype {
-        DType::F32 => bytemuck::cast_slice(values).to_vec(),
-        DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
-        DType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
-    };
-    let mut map = MmapMut::map_anon(bytes.len().max(1)).unwrap();
-    map[..bytes.len()].copy_from_slice(&bytes);
-    Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
 }
 
 /// `x weight^T` in f64: `[rows, out]` of `[rows, in]`.
