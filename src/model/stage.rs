@@ -121,32 +121,28 @@ impl Stage {
     fn all_gather(&mut self, batch: &Batch) -> Result<Vec<f32>> {
         let (index, rows, widths) = (self.index, batch.wanted.len(), self.gathered.clone());
         let ranks: Vec<Vec<usize>> = self.places.iter().map(|p| p.ranks().to_vec()).collect();
-        let read = self.read(batch)?;
+        let (group, read) = (self.collective.clone(), self.read(batch)?);
         let start = Instant::now();
-        let mut local = vec![Vec::new(); widths.len()];
-        for (ranks, mut parts) in ranks.into_iter().zip(read) {
+        let mut parts = vec![&[][..]; widths.len()];
+        for (ranks, mut read) in ranks.into_iter().zip(read) {
             for rank in ranks {
-                let part = parts
+                parts[rank] = read
                     .split_off(..rows * widths[rank])
                     .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {index}")))?;
-                local[rank] = part.to_vec();
             }
         }
-        let local = local.concat();
         // Alone, this process hosts all ranks; in a group, each member one.
-        let alone = self.collective.size() == 1;
-        let counts: Vec<usize> = if alone { vec![local.len()] } else { widths.iter().map(|width| rows * width).collect() };
-        let mut all = vec![0.0; counts.iter().sum()];
-        self.collective.all_gather(&local, &counts, &mut all)?;
-        let total: usize = widths.iter().sum();
-        let mut gathered = vec![0.0; rows * total];
-        let (mut from, mut column) = (0, 0);
-        for width in widths {
-            for row in 0..rows {
-                gathered[row * total + column..][..width].copy_from_slice(&all[from + row * width..][..width]);
-            }
-            from += rows * width;
-            column += width;
+        let mut all = Vec::new();
+        if group.size() > 1 {
+            let counts: Vec<usize> = widths.iter().map(|width| rows * width).collect();
+            all.resize(counts.iter().sum(), 0.0);
+            group.all_gather(&parts.concat(), &counts, &mut all)?;
+            let mut all = &all[..];
+            parts = counts.iter().filter_map(|&count| all.split_off(..count)).collect();
+        }
+        let mut gathered = Vec::with_capacity(rows * widths.iter().sum::<usize>());
+        for row in 0..rows {
+            parts.iter().zip(&widths).for_each(|(part, width)| gathered.extend_from_slice(&part[row * width..][..*width]));
         }
         self.exchanged(start, batch);
         Ok(gathered)
