@@ -281,7 +281,7 @@ impl CpuPlace {
             }
         }
         let outs: Vec<(usize, Scatter<'_, f32>)> = out.iter_mut().map(|o| (o.width, Scatter::new(&mut o.data))).collect();
-        attend(&tiles, |tile, query, y| {
+        attend(&tiles, &self.threads.stats, |tile, query, y| {
             let (rank, row, heads) = &places[tile];
             let (width, out) = &outs[*rank];
             let at = (row + query / heads.len()) * width + (heads.start + query % heads.len()) * head_dim;

@@ -33,7 +33,7 @@ pub struct Args {
     #[arg(long, value_name = "B", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
 
-    /// Show what became of the CPU's tasks, chunks of a matrix's outputs, in one timed prefill and in one timed decode
+    /// Show what became of the CPU's tasks, chunks of a matrix's outputs or of attention, in one timed prefill and in one timed decode
     #[arg(long)]
     stats: bool,
 }

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use torchless::{Error, InferenceState, Parameters, PipelineConfig, TensorParallelMistral};
+use torchless::{Parameters, PipelineConfig};
 
 use super::grid::{GridArgs, RunArgs};
 use super::output::{print, print_json};
@@ -41,12 +41,14 @@ pub fn run(args: &Args) -> Outcome {
     config.pipeline = PipelineConfig { num_micro_batches: args.micro_batches.get(), async_execution: true, ..config.pipeline };
     let loaded = args.grid.load(&args.run, &params, config)?;
     let fast = args.run.is_fast(false);
+    let chunk = tokens.len().div_ceil(args.micro_batches.get());
     let logits = args.run.run(&loaded, fast, |state| {
-        if fast {
-            return Ok(token_by_token(&loaded.model, state, &tokens)?);
-        }
-        let chunk = tokens.len().div_ceil(args.micro_batches.get());
-        Ok(loaded.model.prefill_logits_in_chunks(state, &tokens, chunk)?)
+        let model = &loaded.model;
+        Ok(if fast {
+            model.fast_prefill_logits_in_chunks(state, &tokens, chunk)?
+        } else {
+            model.prefill_logits_in_chunks(state, &tokens, chunk)?
+        })
     })?;
     let shape = [tokens.len(), params.config().vocab_size];
     write(args, shape, &logits)?;
@@ -54,19 +56,6 @@ pub fn run(args: &Args) -> Outcome {
         return print_json(&json!({"out": args.out, "shape": shape}));
     }
     print(&format!("logits [{}, {}] are in {}\n", shape[0], shape[1], args.out.display()))
-}
-
-/// The fast forms give the logits of a sequence's last token only.
-fn token_by_token(model: &TensorParallelMistral, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>, Error> {
-    if tokens.is_empty() {
-        return Err(Error::EmptyPrompt);
-    }
-    let mut logits = Vec::new();
-    for &token in tokens {
-        model.try_fast_forward(state, token, false)?;
-        logits.extend_from_slice(state.logits());
-    }
-    Ok(logits)
 }
 
 /// safetensors: the header's length in 8 bytes, the header padded with spaces, the data.

@@ -17,6 +17,7 @@ use half::slice::HalfFloatSliceExt;
 use crate::backend::{BLOCK, KvType, Seq};
 use crate::kernels::linear::Isa;
 use crate::kernels::memory::Words;
+use crate::kernels::parallel::WorkStealingStats;
 use crate::kernels::pool::{for_each, threads};
 
 mod tile;
@@ -166,8 +167,9 @@ impl Tile<'_> {
 }
 
 /// Calls `put(tile, query, y)` for every query of every tile, counted row by row: `y = softmax(q k^T / sqrt(head_dim)) v` over what its row sees.
-pub(crate) fn attend(tiles: &[Tile<'_>], put: impl Fn(usize, usize, &[f32]) + Sync) {
-    attend_on(Isa::best(), threads(), tiles, put);
+/// The tasks are added to `stats`.
+pub(crate) fn attend(tiles: &[Tile<'_>], stats: &WorkStealingStats, put: impl Fn(usize, usize, &[f32]) + Sync) {
+    attend_on(Isa::best(), threads(), tiles, stats, put);
 }
 
 /// Stretches of a tile, which one thread takes in order.
@@ -192,16 +194,20 @@ fn cut(tiles: &[Tile<'_>], threads: usize) -> Vec<Piece> {
     pieces.collect()
 }
 
-fn attend_on(isa: Isa, threads: usize, tiles: &[Tile<'_>], put: impl Fn(usize, usize, &[f32]) + Sync) {
+fn attend_on(isa: Isa, threads: usize, tiles: &[Tile<'_>], stats: &WorkStealingStats, put: impl Fn(usize, usize, &[f32]) + Sync) {
     let pieces = cut(tiles, threads);
     // A split tile's partial results, by stretch.
     let mut parts: Vec<Vec<OnceLock<Partial>>> = tiles.iter().map(|_| Vec::new()).collect();
     for piece in pieces.iter().filter(|piece| piece.split) {
         parts[piece.tile].extend(piece.stretches.clone().map(|_| OnceLock::new()));
     }
+    let work: usize = tiles.iter().map(Tile::work).sum();
     let spread = |n: usize, task: &(dyn Fn(usize) + Sync)| {
-        let work: usize = tiles.iter().map(Tile::work).sum();
-        if work < SMALL { (0..n).for_each(task) } else { for_each(n, |i, _| task(i)) }
+        let counted = |i: usize, stolen: bool| {
+            stats.count(stolen);
+            task(i);
+        };
+        if work < SMALL { (0..n).for_each(|i| counted(i, false)) } else { for_each(n, counted) }
     };
     spread(pieces.len(), &|i| {
         let Piece { tile, stretches, split } = &pieces[i];

@@ -258,7 +258,15 @@ impl<By> ParallelMistral<By> {
     /// # Errors
     /// As [`Self::prefill`].
     pub fn fast_prefill_logits(&self, state: &mut InferenceState, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.every_logits(state, tokens, How { numerics: Fast, ..How::new(Want::All) })
+        self.fast_prefill_logits_in_chunks(state, tokens, usize::MAX)
+    }
+
+    /// [`Self::fast_prefill_logits`] in chunks of at most `chunk` tokens.
+    ///
+    /// # Errors
+    /// As [`Self::prefill`].
+    pub fn fast_prefill_logits_in_chunks(&self, state: &mut InferenceState, tokens: &[u32], chunk: usize) -> Result<Vec<f32>> {
+        self.every_logits(state, tokens, How { numerics: Fast, chunk, ..How::new(Want::All) })
     }
 
     /// Computes a token and a draft of what may follow it as the rows of one launch; answers with the logits after each: `[tokens,
@@ -350,7 +358,7 @@ impl<By> ParallelMistral<By> {
         self.grid.counts().map(|counts| counts.collectives)
     }
 
-    /// What became of the tasks of all products on the CPU so far: a task is a chunk of a matrix's outputs.
+    /// What became of the CPU's tasks so far: a task is a chunk of a matrix's outputs, or in attention the queries of a key-value head with some of their positions.
     #[must_use]
     pub fn work_stats(&self) -> &WorkStealingStats {
         &self.grid.stats

@@ -1,4 +1,5 @@
 use std::sync::Mutex;
+use std::sync::atomic::Ordering::Relaxed;
 
 use super::*;
 use crate::kernels::memory::Words;
@@ -82,7 +83,10 @@ fn outputs(isa: Isa, threads: usize, tiles: &[Tile<'_>]) -> Vec<Vec<Vec<f32>>> {
         let before = std::mem::replace(&mut found[tile].lock().unwrap()[query], y.to_vec());
         assert!(before.is_empty(), "query {query} of tile {tile} comes twice");
     };
-    Pool::new(Some(threads)).unwrap().enter(|| attend_on(isa, threads, tiles, put));
+    let stats = WorkStealingStats::new();
+    Pool::new(Some(threads)).unwrap().enter(|| attend_on(isa, threads, tiles, &stats, put));
+    let [created, local, stolen] = [&stats.tasks_created, &stats.local_tasks, &stats.stolen_tasks].map(|n| n.load(Relaxed));
+    assert!(created == local + stolen && created >= tiles.len() && (threads > 1 || stolen == 0), "{stats:?}");
     found.into_iter().map(|y| y.into_inner().unwrap()).collect()
 }
 
