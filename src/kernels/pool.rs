@@ -102,9 +102,51 @@ impl Drop for Awake {
     }
 }
 
-/// Does what the pool has to do until `ended`, or until there has been nothing for [`LOOKING`].
+/// What a thread that spreads tasks has learnt about those who help it.
+///
+/// On a machine with more to run than it has cores a helper loses its core in the midst of a task, for milliseconds, and the caller waits
+/// that long: slower than alone. So whoever was left waiting much longer than a task takes goes on alone for a while, twice as long each time.
 #[cfg(feature = "parallel")]
-fn look_for_work(ended: impl Fn() -> bool) {
+#[derive(Clone, Copy)]
+struct Solitude {
+    until: Option<Instant>,
+    next: Duration,
+}
+
+#[cfg(feature = "parallel")]
+thread_local! {
+    static SOLITUDE: std::cell::Cell<Solitude> = const { std::cell::Cell::new(Solitude { until: None, next: Solitude::SHORTEST }) };
+}
+
+#[cfg(feature = "parallel")]
+impl Solitude {
+    const SHORTEST: Duration = Duration::from_millis(20);
+    const LONGEST: Duration = Duration::from_millis(640);
+    /// A wait that is nobody's fault, beyond that for tasks which are longer than the others.
+    const PATIENCE: Duration = Duration::from_micros(500);
+    /// Tasks beyond this last about as long as a helper is ever away.
+    const LONG_TASK: Duration = Duration::from_millis(1);
+
+    /// Whether this thread had better be alone now.
+    fn is_better() -> bool {
+        SOLITUDE.get().until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Learns from tasks of which this thread did `own` in `worked`, before it waited for the last of the others.
+    fn learn(own: u32, worked: Duration, waited: Duration) {
+        let (before, task) = (SOLITUDE.get(), worked / own.max(1));
+        if task < Self::LONG_TASK && waited > Self::PATIENCE + 2 * task {
+            SOLITUDE.set(Self { until: Some(Instant::now() + before.next), next: (2 * before.next).min(Self::LONGEST) });
+        } else if before.until.is_some_and(|until| until.elapsed() > before.next) {
+            // Help was good for as long as it was done without.
+            SOLITUDE.set(Self { until: None, next: Self::SHORTEST });
+        }
+    }
+}
+
+/// Does what the pool has to do until `ended`, or until there has been nothing for [`LOOKING`]. Answers since when there has been nothing.
+#[cfg(feature = "parallel")]
+fn look_for_work(ended: impl Fn() -> bool) -> Instant {
     let mut idle_since = Instant::now();
     while !ended() && idle_since.elapsed() < LOOKING {
         match rayon::yield_now() {
@@ -112,6 +154,7 @@ fn look_for_work(ended: impl Fn() -> bool) {
             _ => std::hint::spin_loop(),
         }
     }
+    idle_since
 }
 
 /// Runs `task(i, stolen)` for every i below n; this is all that the feature `parallel` changes.
@@ -122,7 +165,10 @@ fn look_for_work(ended: impl Fn() -> bool) {
 pub(crate) fn for_each(n: usize, task: impl Fn(usize, bool) + Sync) {
     struct Work<'a, F> {
         task: &'a F,
-        left: &'a AtomicUsize,
+        left: AtomicUsize,
+        /// The thread that waits for all of them, and how many it has done.
+        caller: Option<usize>,
+        own: AtomicUsize,
     }
     fn halve<'s, F: Fn(usize, bool) + Sync>(
         scope: &rayon::Scope<'s>,
@@ -138,20 +184,27 @@ pub(crate) fn for_each(n: usize, task: impl Fn(usize, bool) + Sync) {
             tasks.end = middle;
         }
         (work.task)(tasks.start, this != splitter);
+        work.own.fetch_add(usize::from(this == work.caller), Ordering::Relaxed);
         work.left.fetch_sub(1, Ordering::Release);
     }
     match n {
         0 => {}
-        _ if ALONE.get() => (0..n).for_each(|i| task(i, false)),
+        _ if ALONE.get() || Solitude::is_better() => (0..n).for_each(|i| task(i, false)),
         1 => task(0, false),
+        // The scope below needs a pool; this enters one, if this is not one of its threads.
+        _ if rayon::current_thread_index().is_none() => rayon::scope(|_| for_each(n, &task as &(dyn Fn(usize, bool) + Sync))),
         _ => {
-            let left = AtomicUsize::new(n);
-            let work = Work { task: &task, left: &left };
-            // The scope enters a pool, if this is not one of its threads.
+            let caller = rayon::current_thread_index();
+            let work = Work { task: &task, left: AtomicUsize::new(n), caller, own: AtomicUsize::new(0) };
+            let (start, mut idle_since) = (Instant::now(), None);
             rayon::scope(|scope| {
-                halve(scope, 0..n, rayon::current_thread_index(), &work);
-                look_for_work(|| left.load(Ordering::Acquire) == 0);
+                halve(scope, 0..n, caller, &work);
+                idle_since = Some(look_for_work(|| work.left.load(Ordering::Acquire) == 0));
             });
+            if let Some(idle_since) = idle_since {
+                let own = u32::try_from(work.own.into_inner()).unwrap_or(u32::MAX);
+                Solitude::learn(own, idle_since - start, idle_since.elapsed());
+            }
         }
     }
 }
@@ -181,5 +234,38 @@ impl<'a, T> Scatter<'a, T> {
     pub(crate) unsafe fn range(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.1, "range {range:?} of a slice of {}", self.1);
         unsafe { std::slice::from_raw_parts_mut(self.0.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(all(test, feature = "parallel"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_was_left_waiting_goes_on_alone_for_a_while() {
+        let (us, ms) = (Duration::from_micros, Duration::from_millis);
+        Solitude::learn(4, us(400), us(600));
+        assert!(!Solitude::is_better(), "a wait of a few tasks");
+        Solitude::learn(4, ms(400), ms(300));
+        assert!(!Solitude::is_better(), "tasks are long");
+        Solitude::learn(4, us(400), ms(4));
+        assert!(Solitude::is_better());
+        let seen = std::sync::Mutex::new(Vec::new());
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let threads_of = |n: usize| {
+            for_each(n, |_, _| {
+                std::thread::sleep(us(100));
+                seen.lock().unwrap().push(rayon::current_thread_index());
+            });
+            let mut threads = std::mem::take(&mut *seen.lock().unwrap());
+            threads.dedup();
+            threads.len()
+        };
+        pool.install(|| {
+            Solitude::learn(4, us(400), ms(4));
+            assert_eq!(threads_of(20), 1, "alone");
+            std::thread::sleep(Solitude::SHORTEST);
+            assert!((0..100).any(|_| threads_of(20) > 1), "helped again");
+        });
     }
 }
