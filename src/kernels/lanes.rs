@@ -83,6 +83,12 @@ pub(crate) trait Lanes: Copy {
     /// As [`Lanes::zero`].
     #[inline(always)]
     unsafe fn prefetch<T>(_p: *const T) {}
+    /// [`Lanes::prefetch`] into L1.
+    ///
+    /// # Safety
+    /// As [`Lanes::zero`].
+    #[inline(always)]
+    unsafe fn prefetch_near<T>(_p: *const T) {}
 }
 
 /// What a weight can be stored as, and how 16 of it become lanes.

@@ -204,16 +204,16 @@ unsafe fn single<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f
         let levels = V::load_f32(levels.as_ptr());
         let mut total = V::zero();
         for b in 0..tile.blocks {
-            tile.prefetch::<V, 1>(0, b);
+            tile.prefetch::<V, NIBBLES>(b);
             let x = x.as_ptr().add(b * BLOCK);
             let mut s = [V::zero(); 4];
             for g in 0..8 {
-                let w = columns::<V, NIBBLES>(tile.quants(0, b), g, levels);
+                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
                 for j in 0..4 {
                     s[j] = s[j].fma(w[j], V::splat(*x.add(4 * g + j)));
                 }
             }
-            total = total.fma(sum(s), V::load_f16(tile.scales(0, b)));
+            total = total.fma(sum(s), V::load_f16(tile.scales(b)));
         }
         let mut out = [0.0; TILE];
         total.store(out.as_mut_ptr());
@@ -227,9 +227,9 @@ unsafe fn decode<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Ran
     unsafe {
         let levels = V::load_f32(levels.as_ptr());
         for (b, out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
-            tile.prefetch::<V, 1>(0, b);
+            tile.prefetch::<V, NIBBLES>(b);
             for g in 0..8 {
-                let w = columns::<V, NIBBLES>(tile.quants(0, b), g, levels);
+                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
                 for j in 0..4 {
                     w[j].store(out[4 * g + j].as_mut_ptr());
                 }
@@ -253,7 +253,7 @@ unsafe fn product<V: Vectors, const C: usize>(tile: &TileAt<'_>, blocks: Range<u
                     }
                 }
             }
-            let d = V::load_f16(tile.scales(0, b));
+            let d = V::load_f16(tile.scales(b));
             for i in 0..C {
                 let to = totals[i].as_mut_ptr();
                 V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), d).store(to);

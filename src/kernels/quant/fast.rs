@@ -16,10 +16,7 @@ use super::vectors::Vectors;
 /// Bytes of activations that are taken through all weights of a task at once: they stay in L2.
 const PASS: usize = 384 << 10;
 
-/// Tiles that a single activation row goes through side by side: memory is read faster in several streams than in one.
-const ABREAST: usize = 4;
-
-/// A tile, or [`ABREAST`] of them, and a group of activation rows that it meets.
+/// A tile and a group of activation rows that it meets.
 struct Job<'a> {
     tile: TileAt<'a>,
     levels: &'a [i8; 16],
@@ -48,113 +45,104 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
     let groups = x.rows().div_ceil(GROUP);
     let pass = (PASS / (GROUP * BLOCK * w.shape.blocks()).max(1)).max(1);
     for first_group in (0..groups).step_by(pass) {
-        let mut first = rows.start;
-        while first < rows.end {
-            let abreast = if x.rows() == 1 && rows.end - first >= ABREAST * TILE { ABREAST } else { 1 };
+        for first in rows.clone().step_by(TILE) {
             let tile = w.tile_at(first / TILE);
             for group in first_group..groups.min(first_group + pass) {
                 let (count, width, values, measures) = x.group(group);
                 let levels = w.format().codebook();
                 let job = Job { tile, levels: levels.unwrap_or(&[0; 16]), values, measures, fetch: group == first_group };
                 let mut totals = [[0.0; TILE]; GROUP];
-                let kernel =
-                    if levels.is_some() { kernel_of::<true>(isa, abreast, width) } else { kernel_of::<false>(isa, abreast, width) };
-                // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say; all tiles are the matrix's.
+                let kernel = if levels.is_some() { kernel_of::<true>(isa, width) } else { kernel_of::<false>(isa, width) };
+                // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
                 unsafe { kernel(&job, &mut totals) };
-                for (i, totals) in totals[..abreast * count].iter().enumerate() {
-                    let (tile, i) = if abreast > 1 { (i, 0) } else { (0, i) };
-                    for (r, total) in (first + tile * TILE..rows.end).zip(totals) {
+                for (i, totals) in totals[..count].iter().enumerate() {
+                    for (r, total) in (first..rows.end).zip(totals) {
                         put(r, group * GROUP + i, *total);
                     }
                 }
             }
-            first += abreast * TILE;
         }
     }
 }
 
-fn kernel_of<const NIBBLES: bool>(isa: Isa, abreast: usize, width: usize) -> Kernel {
-    match (abreast, width) {
-        (1, 1) => kernel::<NIBBLES, 1, 1>(isa),
-        (1, 2) => kernel::<NIBBLES, 1, 2>(isa),
-        (1, 4) => kernel::<NIBBLES, 1, 4>(isa),
-        (1, 8) => kernel::<NIBBLES, 1, 8>(isa),
-        (1, 12) => kernel::<NIBBLES, 1, 12>(isa),
-        (1, _) => kernel::<NIBBLES, 1, GROUP>(isa),
-        _ => kernel::<NIBBLES, ABREAST, 1>(isa),
+fn kernel_of<const NIBBLES: bool>(isa: Isa, width: usize) -> Kernel {
+    match width {
+        1 => kernel::<NIBBLES, 1>(isa),
+        2 => kernel::<NIBBLES, 2>(isa),
+        4 => kernel::<NIBBLES, 4>(isa),
+        8 => kernel::<NIBBLES, 8>(isa),
+        12 => kernel::<NIBBLES, 12>(isa),
+        _ => kernel::<NIBBLES, GROUP>(isa),
     }
 }
 
-fn kernel<const NIBBLES: bool, const T: usize, const C: usize>(isa: Isa) -> Kernel {
+fn kernel<const NIBBLES: bool, const C: usize>(isa: Isa) -> Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Vnni => vnni::<NIBBLES, T, C>,
+        Isa::Vnni => vnni::<NIBBLES, C>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx2 => avx2::<NIBBLES, T, C>,
+        Isa::Avx512 | Isa::Avx2 => avx2::<NIBBLES, C>,
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::<NIBBLES, T, C>,
-        Isa::Portable => dots::<[f32; 16], NIBBLES, T, C>,
+        Isa::Neon => neon::<NIBBLES, C>,
+        Isa::Portable => dots::<[f32; 16], NIBBLES, C>,
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const NIBBLES: bool, const T: usize, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<std::arch::x86_64::__m512, NIBBLES, T, C>(job, totals) }
+unsafe fn vnni<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<std::arch::x86_64::__m512, NIBBLES, C>(job, totals) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const NIBBLES: bool, const T: usize, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<[std::arch::x86_64::__m256; 2], NIBBLES, T, C>(job, totals) }
+unsafe fn avx2<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<[std::arch::x86_64::__m256; 2], NIBBLES, C>(job, totals) }
 }
 
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "neon,dotprod,fp16")]
-unsafe fn neon<const NIBBLES: bool, const T: usize, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<super::neon::Neon, NIBBLES, T, C>(job, totals) }
+unsafe fn neon<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<super::neon::Neon, NIBBLES, C>(job, totals) }
 }
 
-/// The dot products of the rows of T tiles with C activation rows, `[T, C]`, of which one is 1.
+/// The dot products of the rows of a tile with C activation rows.
 #[inline(always)]
-unsafe fn dots<V: Vectors, const NIBBLES: bool, const T: usize, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    const { assert!((T == 1 || C == 1) && T <= GROUP) };
+unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
     let Job { tile, levels, values, measures, fetch } = job;
     assert!(values.len() == tile.blocks * C && measures.len() == tile.blocks * C);
     let (x, measures) = (values.as_ptr(), measures.as_ptr());
     unsafe {
         let levels = V::levels(levels);
-        let mut total = [[V::zero(); C]; T];
+        let mut total = [V::zero(); C];
         for b in 0..tile.blocks {
-            for (t, total) in total.iter_mut().enumerate() {
-                let w = block::<V, NIBBLES>(tile.quants(t, b), levels);
-                let d = V::load_f16(tile.scales(t, b));
-                if *fetch {
-                    tile.prefetch::<V, T>(t, b);
+            let w = block::<V, NIBBLES>(tile.quants(b), levels);
+            let d = V::load_f16(tile.scales(b));
+            if *fetch {
+                tile.prefetch::<V, NIBBLES>(b);
+            }
+            // Four rows at once hide the instructions' latency.
+            for first in (0..C).step_by(4) {
+                let few = if C < 4 { C } else { 4 };
+                let at = b * C + first;
+                let mut sums = [V::sums(0); 4];
+                if V::BIASED {
+                    for (i, sum) in sums[..few].iter_mut().enumerate() {
+                        *sum = V::sums((*measures.add(at + i)).correction);
+                    }
                 }
-                // Four rows at once hide the instructions' latency.
-                for first in (0..C).step_by(4) {
-                    let few = if C < 4 { C } else { 4 };
-                    let at = b * C + first;
-                    let mut sums = [V::sums(0); 4];
-                    if V::BIASED {
-                        for (i, sum) in sums[..few].iter_mut().enumerate() {
-                            *sum = V::sums((*measures.add(at + i)).correction);
-                        }
+                for (g, w) in w.iter().enumerate() {
+                    for (i, sum) in sums[..few].iter_mut().enumerate() {
+                        *sum = V::dot(*sum, *w, x.add(at + i).cast::<i8>().add(4 * g));
                     }
-                    for (g, w) in w.iter().enumerate() {
-                        for (i, sum) in sums[..few].iter_mut().enumerate() {
-                            *sum = V::dot(*sum, *w, x.add(at + i).cast::<i8>().add(4 * g));
-                        }
-                    }
-                    for (i, sum) in sums[..few].iter().enumerate() {
-                        let scale = V::zero().fma(d, V::splat((*measures.add(at + i)).scale));
-                        total[first + i] = total[first + i].fma(V::to_f32(*sum), scale);
-                    }
+                }
+                for (i, sum) in sums[..few].iter().enumerate() {
+                    let scale = V::zero().fma(d, V::splat((*measures.add(at + i)).scale));
+                    total[first + i] = total[first + i].fma(V::to_f32(*sum), scale);
                 }
             }
         }
-        for (total, out) in total.as_flattened().iter().zip(totals) {
+        for (total, out) in total.iter().zip(totals) {
             total.store(out.as_mut_ptr());
         }
     }

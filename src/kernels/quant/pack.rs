@@ -3,8 +3,6 @@
 use std::io;
 use std::ops::Range;
 
-use half::f16;
-
 use super::Isa;
 use super::encode::{Stored, encode};
 use super::format::{BLOCK, QuantFormat};
@@ -106,12 +104,11 @@ unsafe fn fill<V: Vectors>(source: &Matrix, rows: Range<usize>, shape: Shape, ti
 
 #[inline(always)]
 unsafe fn fill_row<V: Vectors, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
-    let (quants, scales) = tile.split_at_mut(shape.quants());
     let (whole, tail) = values.as_chunks::<BLOCK>();
     let mut last = [W::default(); BLOCK];
     last[..tail.len()].copy_from_slice(tail);
-    let blocks = quants.chunks_exact_mut(shape.block_bytes()).zip(scales.chunks_exact_mut(TILE * size_of::<f16>()));
-    for (b, (quants, scales)) in blocks.enumerate() {
+    for (b, block) in tile.chunks_exact_mut(shape.stride()).take(shape.blocks()).enumerate() {
+        let (quants, scales) = block.split_at_mut(shape.block_bytes());
         let values = whole.get(b).unwrap_or(&last);
         let mut x = [0.0f32; BLOCK];
         unsafe {

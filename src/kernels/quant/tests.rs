@@ -308,9 +308,11 @@ fn defined(format: QuantFormat, x: &[f32]) -> Vec<f32> {
 
 /// The blocks of row r: what its values are worth in units of the scale, and the scale.
 fn units(w: &Packed, r: usize) -> Vec<([i8; BLOCK], f32)> {
-    let (quants, scales) = w.tile(r / TILE);
-    let block = |b: usize| std::array::from_fn(|k| super::packed::quant(w.format(), &quants[b * w.shape.block_bytes()..], r % TILE, k));
-    (0..w.shape.blocks()).map(|b| (block(b), scales[b * TILE + r % TILE].to_f32())).collect()
+    let units = |b: usize| {
+        let (quants, scales) = w.block(r / TILE, b);
+        (std::array::from_fn(|k| super::packed::quant(w.format(), quants, r % TILE, k)), scales[r % TILE].to_f32())
+    };
+    (0..w.shape.blocks()).map(units).collect()
 }
 
 fn fma(isa: Isa, a: f32, b: f32, sum: f32) -> f32 {
