@@ -8,18 +8,18 @@
 //! With S the sum of the products' magnitudes, an output is within S * 2^-19 of the exact one for the usual lengths of K, as products are
 //! added to each sum in f32; where activations are rounded to bf16, S * 2^-8 comes on top.
 //!
-//! Few rows don't repay the transposing: they go the way of [`linear`](crate::kernels::linear).
+//! Few rows don't repay the transposing: they go the way of [`linear`](crate::kernels::linear). A single one that meets bf16 weights is
+//! multiplied in pairs of bf16 too, where the CPU does that: it needs half of the room in L1, beside the weights that stream through.
 
 mod tile;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use half::bf16;
-
 use crate::kernels::linear::{LANES, linear_rows};
 use crate::kernels::matrix::{DType, Matrix};
 use crate::kernels::pool::{Scatter, for_each};
+use crate::kernels::widely;
 use tile::Kernel;
 
 /// Words of a weight row that are packed at once: a panel of activations so long lies in L1.
@@ -30,7 +30,15 @@ const GROUP: usize = 128;
 /// The activation rows of an op, as [`linear_rows_fast`] takes them: prepared once, shared by all tasks.
 pub(crate) struct FastRows<'a> {
     xs: Vec<&'a [f32]>,
-    panels: Option<Panels>,
+    packing: Packing,
+}
+
+/// What was made of the rows.
+enum Packing {
+    Nothing,
+    /// The words of a single row, for this kernel.
+    One(Kernel, Vec<u32>),
+    Many(Panels),
 }
 
 impl<'a> FastRows<'a> {
@@ -40,8 +48,16 @@ impl<'a> FastRows<'a> {
     /// If the rows are not of one length.
     pub(crate) fn new(xs: &[&'a [f32]], dtype: DType) -> Self {
         let kernel = Kernel::best(dtype);
-        let panels = (xs.len() >= kernel.fewest()).then(|| Panels::new(dtype, kernel, xs));
-        Self { xs: xs.to_vec(), panels }
+        let packing = match xs {
+            [x] if kernel.takes_one() => {
+                let mut words = vec![0; x.len().div_ceil(kernel.elements())];
+                pack_row(kernel, x, &mut words, 1, 0);
+                Packing::One(kernel, words)
+            }
+            _ if xs.len() >= kernel.fewest() => Packing::Many(Panels::new(dtype, kernel, xs)),
+            _ => Packing::Nothing,
+        };
+        Self { xs: xs.to_vec(), packing }
     }
 }
 
@@ -50,9 +66,13 @@ impl<'a> FastRows<'a> {
 /// # Panics
 /// If the rows are not the matrix's, or the activations don't fit it.
 pub(crate) fn linear_rows_fast(weights: &Matrix, rows: Range<usize>, x: &FastRows<'_>, put: impl FnMut(usize, usize, f32)) {
-    match &x.panels {
-        Some(panels) => panels.product(weights, rows, put),
-        None => linear_rows(weights, rows, &x.xs, put),
+    match &x.packing {
+        Packing::Nothing => linear_rows(weights, rows, &x.xs, put),
+        Packing::One(kernel, words) => {
+            assert_eq!(x.xs[0].len(), weights.cols(), "an input for another matrix than one of {} columns", weights.cols());
+            kernel.multiply_one(weights, rows, words, put);
+        }
+        Packing::Many(panels) => panels.product(weights, rows, put),
     }
 }
 
@@ -178,16 +198,28 @@ impl Panels {
 
 /// Writes the words of a row to every `width`-th place from `at`.
 fn pack_row(kernel: Kernel, x: &[f32], out: &mut [u32], width: usize, at: usize) {
-    let places = out.iter_mut().skip(at).step_by(width);
-    if kernel.elements() == 1 {
-        places.zip(x).for_each(|(word, v)| *word = v.to_bits());
-    } else {
-        let pair = |v: &[f32]| {
-            let [low, high] = [v[0], v.get(1).copied().unwrap_or(0.0)].map(|v| u32::from(bf16::from_f32(v).to_bits()));
-            low | high << 16
-        };
-        places.zip(x.chunks(2)).for_each(|(word, v)| *word = pair(v));
+    const WORDS: usize = 64;
+    let mut words = [0; WORDS];
+    let mut places = out.iter_mut().skip(at).step_by(width);
+    for x in x.chunks(WORDS * kernel.elements()) {
+        widely(|| match kernel.elements() {
+            1 => words.iter_mut().zip(x).for_each(|(word, v)| *word = v.to_bits()),
+            _ => {
+                let (pairs, last) = x.as_chunks::<2>();
+                words.iter_mut().zip(pairs).for_each(|(word, v)| *word = bf16_bits(v[0]) | bf16_bits(v[1]) << 16);
+                last.iter().for_each(|&v| words[pairs.len()] = bf16_bits(v));
+            }
+        });
+        words[..x.len().div_ceil(kernel.elements())].iter().zip(&mut places).for_each(|(word, place)| *place = *word);
     }
+}
+
+/// As [`half::bf16::from_f32`], in a form that vectorises.
+#[inline(always)]
+fn bf16_bits(v: f32) -> u32 {
+    let bits = v.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    (if v.is_nan() { bits | 0x40_0000 } else { rounded }) >> 16
 }
 
 /// What a thread packs into, kept from op to op.
@@ -244,6 +276,39 @@ mod tests {
     }
 
     #[test]
+    fn a_single_row_of_pairs_is_near_the_product_on_odd_sizes() {
+        for kernel in Kernel::available(DType::Bf16).into_iter().filter(|kernel| kernel.takes_one()) {
+            for cols in (1..=130).chain([511, 513, 1031, 2048]) {
+                let (weights, x) = (matrix(DType::Bf16, 9, cols + 3).slice(2..9, 3..cols + 3), values(cols, 5));
+                let mut words = vec![0; cols.div_ceil(kernel.elements())];
+                pack_row(kernel, &x, &mut words, 1, 0);
+                let (mut row, mut next) = (vec![0.0; cols], 3);
+                kernel.multiply_one(&weights, 3..7, &words, |r, i, got| {
+                    weights.row_to_f32(r, &mut row);
+                    let products = || row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+                    let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+                    let bound = size * (2f64.powi(-19) + 2f64.powi(-8));
+                    assert!(
+                        (f64::from(got) - want).abs() <= bound,
+                        "{kernel:?}, {cols} columns: row {r} is {got}, not {want} within {bound}"
+                    );
+                    assert_eq!((r, i), (next, 0));
+                    next += 1;
+                });
+                assert_eq!(next, 7, "every output once");
+            }
+        }
+    }
+
+    #[test]
+    fn activations_are_rounded_as_half_rounds_them() {
+        let all = (0..=u32::MAX).step_by(4099).chain([0x7f80_0000, 0x7f80_0001, 0xffc0_0000, 0x7f7f_ffff, 0x3f80_8000, 0x3f81_8000]);
+        for v in all.map(f32::from_bits) {
+            assert_eq!(bf16_bits(v), u32::from(half::bf16::from_f32(v).to_bits()), "{v}");
+        }
+    }
+
+    #[test]
     fn few_rows_have_the_bits_of_the_fixed_order_and_many_are_near_it() {
         let cols = 530;
         let x: Vec<Vec<f32>> = (0..70).map(|i| values(cols, 7 + i)).collect();
@@ -256,7 +321,8 @@ mod tests {
                 let mut got = vec![f32::NAN; 37 * n];
                 linear_rows_fast(&weights, 0..37, &FastRows::new(&xs, dtype), |row, i, dot| got[i * 37 + row] = dot);
                 // Products are below 1, so that S is below the number of columns.
-                let few = n < Kernel::best(dtype).fewest();
+                let kernel = Kernel::best(dtype);
+                let few = n < kernel.fewest() && !(n == 1 && kernel.takes_one());
                 let bound = if few { 0.0 } else { cols as f32 / 256.0 };
                 assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() <= bound), "{dtype:?}, {n} rows");
             }

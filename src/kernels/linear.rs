@@ -19,6 +19,9 @@ const BLOCK: usize = 512;
 const GROUP: usize = 48;
 /// Activation rows of the widest tile.
 const WIDEST: usize = 8;
+/// How far ahead a single activation row has its weights fetched, in bytes. Measured, as is that they are one stream: two to eight
+/// rows at a time are read at half to two thirds of its speed where their distance is near a multiple of 4 KiB.
+const AHEAD: usize = 6 << 10;
 
 /// The instruction sets that the dot products are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,13 +125,13 @@ unsafe fn avx512<'w, W: Element + 'w>(
     xs: &[&[f32]],
     put: impl FnMut(usize, usize, f32),
 ) {
-    unsafe { cover::<std::arch::x86_64::__m512, W, 6, 4, 3, 8>(row, rows, xs, put) }
+    unsafe { cover::<std::arch::x86_64::__m512, W, 1, 4, 3, 8>(row, rows, xs, put) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn avx2<'w, W: Element + 'w>(row: impl Fn(usize) -> &'w [W], rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
-    unsafe { cover::<[std::arch::x86_64::__m256; 2], W, 3, 2, 3, 2>(row, rows, xs, put) }
+    unsafe { cover::<[std::arch::x86_64::__m256; 2], W, 1, 2, 3, 2>(row, rows, xs, put) }
 }
 
 /// Covers rows x xs with tiles of R1 x 1, R1 x C1 and R2 x C2, by how many activation rows are left.
@@ -211,7 +214,7 @@ unsafe fn tiles<L: Lanes, W: Element, const R: usize, const C: usize>(
             };
             // From these weights to those that the same tile of the next round takes.
             let ahead = if C == 1 {
-                R * stride
+                AHEAD
             } else if block.end < n {
                 BLOCK * size_of::<W>()
             } else {
@@ -243,7 +246,8 @@ unsafe fn tile<L: Lanes, W: Element, const R: usize, const C: usize>(w: [&[W]; R
         let (steps, in_line) = (n / LANES, 64 / (LANES * size_of::<W>()));
         for line in (0..steps).step_by(in_line) {
             for w in w {
-                L::prefetch(w.as_ptr().add(line * LANES).wrapping_byte_add(ahead));
+                let next = w.as_ptr().add(line * LANES).wrapping_byte_add(ahead);
+                if C == 1 { L::prefetch_near(next) } else { L::prefetch(next) }
             }
             if line + in_line <= steps {
                 for s in line..line + in_line {

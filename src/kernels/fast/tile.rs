@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::kernels::lanes::{Element, Lanes};
 use crate::kernels::linear::{Isa, LANES};
-use crate::kernels::matrix::{DType, Row};
+use crate::kernels::matrix::{DType, Matrix, Row};
 
 /// What multiplies: an instruction set, with f32 or with pairs of bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +61,11 @@ impl Kernel {
         }
     }
 
+    /// Whether it multiplies a single activation row too.
+    pub(super) fn takes_one(self) -> bool {
+        self.elements() == 2
+    }
+
     /// Fewest activation rows that repay the packing, by measurement.
     pub(super) fn fewest(self) -> usize {
         match self {
@@ -94,6 +99,21 @@ impl Kernel {
                 Self::Products(Isa::Neon) => pack::<Products<[std::arch::aarch64::float32x4_t; 4]>, W>(rows, words),
                 Self::Products(Isa::Portable) => pack::<Products<[f32; 16]>, W>(rows, words),
             }
+        }
+    }
+
+    /// Calls `put(row, 0, weights[row] . x)` for every row of `rows`, of a single activation row in words.
+    ///
+    /// # Panics
+    /// If the rows are not the matrix's or `x` is not as long, or unless [`Kernel::takes_one`].
+    pub(super) fn multiply_one(self, weights: &Matrix, rows: Range<usize>, x: &[u32], put: impl FnMut(usize, usize, f32)) {
+        assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
+        assert_eq!(x.len(), weights.cols().div_ceil(self.elements()), "a word for each pair of columns");
+        match self {
+            // SAFETY: `available` lists only what the CPU has; the lengths are checked.
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs => unsafe { x86::multiply_one_of_pairs(weights, rows, x, put) },
+            Self::Products(_) => unreachable!("{self:?} takes many rows"),
         }
     }
 
@@ -258,6 +278,35 @@ mod x86 {
         #[inline(always)]
         unsafe fn add_products(sum: __m512, w: __m512, x: __m512) -> __m512 {
             unsafe { _mm512_dpbf16_ps(sum, transmute::<__m512, __m512bh>(w), transmute::<__m512, __m512bh>(x)) }
+        }
+    }
+
+    /// How far ahead the weights of a single activation row are fetched, in bytes. Measured.
+    const AHEAD: usize = 12 << 10;
+
+    /// # Safety
+    /// The CPU has AVX-512 with BF16; `x` holds a word for each pair of columns.
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
+    pub(super) unsafe fn multiply_one_of_pairs(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
+        for r in rows {
+            let Row::Bf16(w) = weights.row(r) else { unreachable!("pairs are of bf16") };
+            let (lines, rest) = w.as_chunks::<{ 2 * LANES }>();
+            unsafe {
+                let mut sums = [__m512::zero(); 4];
+                for (i, line) in lines.iter().enumerate() {
+                    __m512::prefetch_near(line.as_ptr().wrapping_byte_add(AHEAD));
+                    let (w, x) = (Pairs::words(line.as_ptr()), Pairs::words(x.as_ptr().add(i * LANES).cast::<half::bf16>()));
+                    sums[i % 4] = Pairs::add_products(sums[i % 4], w, x);
+                }
+                if !rest.is_empty() {
+                    let mask = (1u32 << rest.len()) - 1;
+                    let from = |p: *const i16| transmute::<__m512i, __m512>(_mm512_maskz_loadu_epi16(mask, p));
+                    let (w, x) = (from(rest.as_ptr().cast()), from(x.as_ptr().add(lines.len() * LANES).cast()));
+                    sums[0] = Pairs::add_products(sums[0], w, x);
+                }
+                let one = __m512::splat(1.0);
+                put(r, 0, sums[0].fma(sums[1], one).fma(sums[2].fma(sums[3], one), one).sum());
+            }
         }
     }
 
