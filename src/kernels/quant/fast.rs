@@ -44,6 +44,7 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
     assert_eq!((x.cols(), x.lead()), (w.cols(), w.lead()), "the inputs' columns are the matrix's");
     let groups = x.rows().div_ceil(GROUP);
     let pass = (PASS / (GROUP * BLOCK * w.shape.blocks()).max(1)).max(1);
+    let mut totals = [[0.0; TILE]; GROUP];
     for first_group in (0..groups).step_by(pass) {
         for first in rows.clone().step_by(TILE) {
             let tile = w.tile_at(first / TILE);
@@ -51,7 +52,6 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
                 let (count, width, values, measures) = x.group(group);
                 let levels = w.format().codebook();
                 let job = Job { tile, levels: levels.unwrap_or(&[0; 16]), values, measures, fetch: group == first_group };
-                let mut totals = [[0.0; TILE]; GROUP];
                 let kernel = if levels.is_some() { kernel_of::<true>(isa, width) } else { kernel_of::<false>(isa, width) };
                 // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
                 unsafe { kernel(&job, &mut totals) };
