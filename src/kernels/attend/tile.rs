@@ -197,7 +197,7 @@ unsafe fn scores_of<L: Lanes, E: Element, const C: usize, const V: usize>(keys: 
 #[inline(always)]
 unsafe fn prefetch<L: Lanes, E, const V: usize>(p: *const E) {
     for line in (0..V * LANES * size_of::<E>()).step_by(64) {
-        unsafe { L::prefetch(p.byte_add(line)) };
+        unsafe { L::prefetch_near(p.byte_add(line)) };
     }
 }
 
