@@ -7,8 +7,10 @@
 //! to zero makes the block zero.
 
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use super::format::{BLOCK, IQ4_NL, QuantFormat};
+use super::packed::TILE;
 use super::vectors::Vectors;
 
 /// The values as they are stored, before they are laid out in a tile: q + 128, or the 4 bits.
@@ -18,12 +20,12 @@ pub(super) type Stored = [u8; BLOCK];
 const NOTHING: Stored = [0x80; BLOCK];
 const NOTHING_4: Stored = [8; BLOCK];
 
-/// The scale of a block and its values.
-///
-/// # Safety
-/// The CPU has the instructions of `V`.
+/// Below it a block is nothing: far below what f16 can scale, and before reciprocals overflow.
+const LEAST: f32 = 1e-15;
+
+/// The scale of a row's block of q8_0 or q4_0, and its values.
 #[inline(always)]
-pub(super) unsafe fn encode<V: Vectors>(format: QuantFormat, x: &[f32; BLOCK]) -> (f16, Stored) {
+pub(super) fn encode(format: QuantFormat, x: &[f32; BLOCK]) -> (f16, Stored) {
     let magnitude = |v: f32| v.to_bits() & 0x7fff_ffff;
     let largest = x.iter().fold(0, |m, &v| m.max(magnitude(v)));
     let nothing = if format == QuantFormat::Q8_0 { NOTHING } else { NOTHING_4 };
@@ -31,19 +33,20 @@ pub(super) unsafe fn encode<V: Vectors>(format: QuantFormat, x: &[f32; BLOCK]) -
     if !amax.is_finite() {
         return (f16::NAN, nothing);
     }
-    // Far below what f16 can scale, and before reciprocals overflow.
-    if amax < 1e-15 {
+    if amax < LEAST {
         return (f16::ZERO, nothing);
     }
-    let signed = || x.iter().copied().find(|&v| magnitude(v) == largest).unwrap_or(amax);
-    match format {
-        QuantFormat::Q8_0 => q8_0(x, amax),
-        QuantFormat::Q4_0 => q4_0(x, signed()),
-        QuantFormat::Iq4Nl => unsafe { iq4_nl::<V>(x, signed()) },
+    if format == QuantFormat::Q8_0 {
+        return q8_0(x, amax);
     }
+    // The first of the largest, found without a branch.
+    let of_largest = |(&v, i): (&f32, u32)| if magnitude(v) == largest { i } else { BLOCK as u32 - 1 };
+    let first = x.iter().zip(0..BLOCK as u32).map(of_largest).fold(u32::MAX, u32::min);
+    q4_0(x, x[first as usize])
 }
 
 /// The nearest scale that f16 has on this side of infinity.
+#[inline(always)]
 fn clamped(d: f32) -> f32 {
     d.clamp(f16::MIN.to_f32(), f16::MAX.to_f32())
 }
@@ -68,69 +71,129 @@ fn q4_0(x: &[f32; BLOCK], max: f32) -> (f16, Stored) {
 }
 
 /// Half-way between the levels of iq4_nl: `BORDERS[i]` lies below level i.
-const BORDERS: [f32; 16] =
+pub(super) const BORDERS: [f32; 16] =
     [f32::NEG_INFINITY, -115.5, -93.5, -74.0, -57.0, -42.0, -28.5, -16.0, -4.5, 7.0, 19.0, 31.5, 45.5, 61.0, 79.0, 101.0];
+
+/// Cells of [`CELL`] from -128 on: the level at the lower end of each, and the border in it, of which there is one at most.
+#[cfg(target_arch = "x86_64")]
+pub(super) const CELLS: ([i32; 32], [f32; 32]) = {
+    let (mut levels, mut borders) = ([0; 32], [f32::INFINITY; 32]);
+    let mut cell = 0;
+    while cell < 32 {
+        let lower = -128.0 + CELL * cell as f32;
+        let mut level = 1;
+        while level < 16 {
+            if BORDERS[level] < lower {
+                levels[cell] = level as i32;
+            } else if BORDERS[level] < lower + CELL {
+                assert!(borders[cell] == f32::INFINITY, "one border a cell");
+                borders[cell] = BORDERS[level];
+            }
+            level += 1;
+        }
+        cell += 1;
+    }
+    (levels, borders)
+};
+#[cfg(target_arch = "x86_64")]
+pub(super) const CELL: f32 = 8.0;
 
 /// Where the largest magnitude may land in the codebook, one candidate for the scale each. llama.cpp tries 16 around -127 alone; with
 /// these four, and weights that are less unequal, the error is 1% smaller.
 pub(super) const TARGETS: [f32; 4] = [-114.0, -124.0, -132.0, 118.0];
 
-/// The scale with the least squared error, weighted by x^2 + mean(x^2), of those that the candidates' choices of levels would want.
+/// Blocks of iq4_nl of the 16 rows of a tile, a lane a row: `x` are their columns. Writes the 4 vectors of [`super::packed`] and the scales.
+///
+/// The scale is that with the least squared error, weighted by x^2 + mean(x^2), of those that the candidates' choices of levels would want.
+///
+/// # Safety
+/// The CPU has the instructions of `V`.
 #[inline(always)]
-unsafe fn iq4_nl<V: Vectors>(x: &[f32; BLOCK], max: f32) -> (f16, Stored) {
+pub(super) unsafe fn iq4_nl<V: Vectors>(x: &[[f32; TILE]; BLOCK], quants: &mut [[[u8; 4]; TILE]], scales: &mut [f16; TILE]) {
     unsafe {
-        let (borders, levels) = (V::load_f32(BORDERS.as_ptr()), V::load_f32(IQ4_NL.map(f32::from).as_ptr()));
-        let x = [V::load_f32(x.as_ptr()), V::load_f32(x.as_ptr().add(16))];
+        let (levels, minus) = (V::load_f32(IQ4_NL.map(f32::from).as_ptr()), V::splat(-1.0));
+        let (mut top, mut bottom) = (V::zero(), V::zero());
+        // A NaN or an infinity makes this one.
+        let mut poison = V::zero();
+        for k in 0..BLOCK {
+            (top, bottom) = (top.max(V::load_f32(x[k].as_ptr())), bottom.max(mul(V::load_f32(x[k].as_ptr()), minus)));
+            poison = add(poison, mul(V::load_f32(x[k].as_ptr()), V::zero()));
+        }
+        let (top, bottom, poison) = (lanes(top), lanes(bottom), lanes(poison));
+        let (mut largest, mut unit) = ([0.0; TILE], [0.0; TILE]);
+        for r in 0..TILE {
+            largest[r] = if top[r] >= bottom[r] { top[r] } else { -bottom[r] };
+            let sound = top[r].max(bottom[r]) >= LEAST && poison[r] == 0.0;
+            unit[r] = if sound { 1.0 / largest[r] } else { 0.0 };
+        }
         // Relative to the largest, so that no power of a weight leaves f32.
-        let unit = V::splat(1.0 / max);
-        let y = [mul(x[0], unit), mul(x[1], unit)];
-        let squares = [mul(y[0], y[0]), mul(y[1], y[1])];
-        let mean = V::splat(add(squares[0], squares[1]).sum() / BLOCK as f32);
-        let weights = [add(squares[0], mean), add(squares[1], mean)];
-        let mut sums = [V::zero(); 2 * TARGETS.len()];
-        for (i, target) in TARGETS.into_iter().enumerate() {
-            for half in 0..2 {
-                let level = V::look_up(levels, nearest(mul(y[half], V::splat(target)), borders));
-                let weighted = mul(weights[half], level);
-                sums[i] = add(sums[i], mul(weighted, y[half]));
-                sums[TARGETS.len() + i] = add(sums[TARGETS.len() + i], mul(weighted, level));
+        let unit_lanes = V::load_f32(unit.as_ptr());
+        let (mut y, mut mean) = ([V::zero(); BLOCK], V::zero());
+        for k in 0..BLOCK {
+            y[k] = mul(V::load_f32(x[k].as_ptr()), unit_lanes);
+            mean = add(mean, mul(y[k], y[k]));
+        }
+        let mean = mul(mean, V::splat(1.0 / BLOCK as f32));
+        let (mut products, mut squares) = ([V::zero(); TARGETS.len()], [V::zero(); TARGETS.len()]);
+        for k in 0..BLOCK {
+            let y = y[k];
+            let weight = add(mul(y, y), mean);
+            for i in 0..TARGETS.len() {
+                let level = V::look_up(levels, mul(y, V::splat(TARGETS[i])).nearest_of_iq4_nl());
+                let weighted = mul(weight, level);
+                products[i] = add(products[i], mul(weighted, y));
+                squares[i] = add(squares[i], mul(weighted, level));
             }
         }
-        let mut totals = [0.0; 2 * TARGETS.len()];
-        V::add_sums(&sums, &mut totals);
-        let (products, squares) = totals.split_at(TARGETS.len());
-        let (mut best, mut d) = (0.0f32, 0.0f32);
-        for (product, square) in products.iter().zip(squares) {
-            if product * product > best * square {
-                best = product * product / square;
-                d = product / square;
+        let (mut best, mut d) = ([0.0f32; TILE], [0.0f32; TILE]);
+        for (product, square) in products.into_iter().zip(squares) {
+            let (product, square) = (lanes(product), lanes(square));
+            for r in 0..TILE {
+                let (fit, score) = (product[r] / square[r], product[r] * product[r] / square[r]);
+                (best[r], d[r]) = if score > best[r] { (score, fit) } else { (best[r], d[r]) };
             }
         }
-        let d = f16::from_f32(clamped(d * max));
-        if d.to_f32() == 0.0 {
-            return (f16::ZERO, NOTHING_4);
+        for r in 0..TILE {
+            d[r] = clamped(d[r] * largest[r]);
         }
-        let inverse = V::splat(1.0 / d.to_f32());
-        let mut stored = NOTHING_4;
-        for half in 0..2 {
-            let indices = V::to_ints(nearest(mul(x[half], inverse), borders));
-            for (to, index) in stored[16 * half..].iter_mut().zip(indices) {
-                *to = index as u8;
+        scales.convert_from_f32_slice(&d);
+        scales.convert_to_f32_slice(&mut d);
+        let mut inverse = [0.0; TILE];
+        for r in 0..TILE {
+            inverse[r] = if d[r] == 0.0 || unit[r] == 0.0 { 0.0 } else { 1.0 / d[r] };
+        }
+        let inverse_lanes = V::load_f32(inverse.as_ptr());
+        for (g, out) in quants.iter_mut().enumerate() {
+            let mut dwords = [0u32; TILE];
+            for j in 0..4 {
+                let k = 4 * g + j;
+                let (low, high) = (nearest::<V>(&x[k], inverse_lanes), nearest::<V>(&x[BLOCK / 2 + k], inverse_lanes));
+                for r in 0..TILE {
+                    dwords[r] |= ((low[r] | high[r] << 4) as u32) << (8 * j);
+                }
+            }
+            for r in 0..TILE {
+                out[r] = dwords[r].to_le_bytes();
             }
         }
-        (d, stored)
+        for r in (0..TILE).filter(|&r| inverse[r] == 0.0) {
+            scales[r] = if poison[r] == 0.0 { f16::ZERO } else { f16::NAN };
+            quants.iter_mut().for_each(|out| out[r] = [NOTHING_4[0] * 17; 4]);
+        }
     }
 }
 
-/// The level nearest to each lane, by halving; of two as near, the upper one.
+/// The levels nearest to `x * scale`.
 #[inline(always)]
-unsafe fn nearest<V: Vectors>(v: V, borders: V) -> V::Sums {
-    unsafe {
-        let index = v.raise(V::sums(0), 8, borders);
-        let index = v.raise(index, 4, borders);
-        let index = v.raise(index, 2, borders);
-        v.raise(index, 1, borders)
-    }
+unsafe fn nearest<V: Vectors>(x: &[f32; TILE], scale: V) -> [i32; TILE] {
+    unsafe { V::to_ints(mul(V::load_f32(x.as_ptr()), scale).nearest_of_iq4_nl()) }
+}
+
+#[inline(always)]
+unsafe fn lanes<V: Vectors>(v: V) -> [f32; TILE] {
+    let mut out = [0.0; TILE];
+    unsafe { v.store(out.as_mut_ptr()) };
+    out
 }
 
 /// `a * b`, rounded.

@@ -3,8 +3,10 @@
 use std::io;
 use std::ops::Range;
 
+use half::f16;
+
 use super::Isa;
-use super::encode::{Stored, encode};
+use super::encode::{Stored, encode, iq4_nl};
 use super::format::{BLOCK, QuantFormat};
 use super::packed::{Packed, Shape, TILE};
 use super::vectors::Vectors;
@@ -91,31 +93,70 @@ unsafe fn avx2(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8
 /// Writes the tile of these rows, of which there may be fewer than 16: the others keep the zeros of new memory as their scales.
 #[inline(always)]
 unsafe fn fill<V: Vectors>(source: &Matrix, rows: Range<usize>, shape: Shape, tile: &mut [u8]) {
-    for (r, row) in rows.enumerate() {
-        unsafe {
-            match source.row(row) {
-                Row::F32(values) => fill_row::<V, _>(values, r, shape, tile),
-                Row::F16(values) => fill_row::<V, _>(values, r, shape, tile),
-                Row::Bf16(values) => fill_row::<V, _>(values, r, shape, tile),
-            }
+    unsafe {
+        match source.row(rows.start) {
+            Row::F32(_) => fill_from::<V, _>(rows.map(|r| if let Row::F32(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
+            Row::F16(_) => fill_from::<V, _>(rows.map(|r| if let Row::F16(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
+            Row::Bf16(_) => fill_from::<V, _>(rows.map(|r| if let Row::Bf16(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
         }
     }
 }
 
 #[inline(always)]
-unsafe fn fill_row<V: Vectors, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
-    let (whole, tail) = values.as_chunks::<BLOCK>();
-    let mut last = [W::default(); BLOCK];
-    last[..tail.len()].copy_from_slice(tail);
+unsafe fn fill_from<'w, V: Vectors, W: Element + 'w>(rows: impl Iterator<Item = &'w [W]>, shape: Shape, tile: &mut [u8]) {
+    let rows: Vec<&[W]> = rows.collect();
+    if shape.format == QuantFormat::Iq4Nl {
+        return unsafe { fill_columns::<V, W>(&rows, shape, tile) };
+    }
+    for (r, values) in rows.into_iter().enumerate() {
+        unsafe { fill_row::<V, W>(values, r, shape, tile) };
+    }
+}
+
+/// Block b of a row; what the row doesn't have is zero.
+#[inline(always)]
+fn block_of<W: Element>(values: &[W], b: usize) -> [W; BLOCK] {
+    let values = &values[b * BLOCK..];
+    // A copy of fixed length is no call.
+    values.first_chunk().copied().unwrap_or_else(|| {
+        let mut block = [W::default(); BLOCK];
+        block[..values.len()].copy_from_slice(values);
+        block
+    })
+}
+
+/// Block by block, all rows at once.
+#[inline(always)]
+unsafe fn fill_columns<V: Vectors, W: Element>(rows: &[&[W]], shape: Shape, tile: &mut [u8]) {
     for (b, block) in tile.chunks_exact_mut(shape.stride()).take(shape.blocks()).enumerate() {
         let (quants, scales) = block.split_at_mut(shape.block_bytes());
-        let values = whole.get(b).unwrap_or(&last);
-        let mut x = [0.0f32; BLOCK];
+        let mut x = [[0.0; TILE]; BLOCK];
+        for half in 0..2 {
+            let mut square = unsafe { [V::zero(); TILE] };
+            for (values, lanes) in rows.iter().zip(&mut square) {
+                *lanes = unsafe { W::load(block_of(values, b).as_ptr().add(half * BLOCK / 2)) };
+            }
+            unsafe { V::transpose(&mut square) };
+            for (lanes, x) in square.into_iter().zip(&mut x[half * BLOCK / 2..]) {
+                unsafe { lanes.store(x.as_mut_ptr()) };
+            }
+        }
+        let mut encoded = [f16::ZERO; TILE];
+        unsafe { iq4_nl::<V>(&x, bytemuck::cast_slice_mut(quants), &mut encoded) };
+        scales.copy_from_slice(bytemuck::cast_slice(&encoded));
+    }
+}
+
+#[inline(always)]
+unsafe fn fill_row<V: Vectors, W: Element>(values: &[W], r: usize, shape: Shape, tile: &mut [u8]) {
+    for (b, block) in tile.chunks_exact_mut(shape.stride()).take(shape.blocks()).enumerate() {
+        let (quants, scales) = block.split_at_mut(shape.block_bytes());
+        let (values, mut x) = (block_of(values, b), [0.0f32; BLOCK]);
         unsafe {
             W::load::<V>(values.as_ptr()).store(x.as_mut_ptr());
             W::load::<V>(values.as_ptr().add(16)).store(x.as_mut_ptr().add(16));
         }
-        let (scale, stored) = unsafe { encode::<V>(shape.format, &x) };
+        let (scale, stored) = encode(shape.format, &x);
         scales[2 * r..2 * r + 2].copy_from_slice(&scale.to_ne_bytes());
         lay_out(&stored, quants, r);
     }

@@ -257,6 +257,32 @@ fn names_are_found_again() {
     assert_eq!(QuantFormat::from_name("q5_0"), None);
 }
 
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn the_nearest_level_is_found_by_cells_as_by_halving() {
+    use super::encode::{BORDERS, CELL};
+    use super::vectors::Vectors;
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn by_cells(v: f32) -> i32 {
+        use crate::kernels::lanes::Lanes;
+        type V = std::arch::x86_64::__m512;
+        unsafe { V::to_ints(V::splat(v).nearest_of_iq4_nl())[0] }
+    }
+    if !Isa::available().contains(&Isa::Avx512) {
+        println!("SKIPPED the_nearest_level_is_found_by_cells_as_by_halving: this CPU has no AVX-512");
+        return;
+    }
+    let edges = (0..=32).map(|cell| CELL * cell as f32 - 128.0).chain(BORDERS[1..].iter().copied());
+    let near = edges.flat_map(|v| [v.next_down(), v, v.next_up()]).chain([-1e30, -1e-30, 1e-30, 1e30]);
+    for v in near.chain((-1500..1500).map(|v| v as f32 / 11.0)) {
+        // SAFETY: the CPU has it, and any has the other.
+        let (found, want) = unsafe { (by_cells(v), <[f32; 16]>::nearest_of_iq4_nl([v; 16])[0]) };
+        assert_eq!(found, want, "{v}");
+        assert_eq!(want as usize, BORDERS[1..].iter().filter(|border| **border <= v).count(), "{v}");
+    }
+}
+
 /// The same values as every dtype stores them, and those values.
 fn matrices(rows: usize, cols: usize, values: &[f32]) -> [(Matrix, Vec<f32>); 3] {
     let f16s: Vec<f16> = values.iter().map(|&v| f16::from_f32(v)).collect();
@@ -288,6 +314,8 @@ fn defined(format: QuantFormat, x: &[f32]) -> Vec<f32> {
         }
         QuantFormat::Iq4Nl => {
             let levels = format.codebook().unwrap();
+            // Of two magnitudes as large, the positive one.
+            let max = if x.contains(&max.abs()) { max.abs() } else { max };
             // Of two as near, the upper one.
             let far = |level: i8, v: f32| (f32::from(level) - v).abs();
             let nearest = |v: f32| f32::from(*levels.iter().rev().min_by(|a, b| far(**a, v).total_cmp(&far(**b, v))).unwrap());

@@ -1,5 +1,6 @@
 //! What the kernels of quantised weights need of an instruction set, beyond [`Lanes`]: the lanes are the 16 rows of a tile.
 
+use super::encode::BORDERS;
 use crate::kernels::lanes::Lanes;
 
 /// Vectors of 64 quants: 4 columns of 16 rows, a dword a row.
@@ -52,6 +53,20 @@ pub(super) trait Vectors: Lanes {
     /// # Safety
     /// As [`Vectors::look_up`], of the raised indices.
     unsafe fn raise(self, index: Self::Sums, by: i32, table: Self) -> Self::Sums;
+    /// The level of iq4_nl nearest to each lane; of two as near, the upper one.
+    ///
+    /// # Safety
+    /// As [`Vectors::levels`].
+    #[inline(always)]
+    unsafe fn nearest_of_iq4_nl(self) -> Self::Sums {
+        unsafe {
+            let borders = Self::load_f32(BORDERS.as_ptr());
+            let index = self.raise(Self::sums(0), 8, borders);
+            let index = self.raise(index, 4, borders);
+            let index = self.raise(index, 2, borders);
+            self.raise(index, 1, borders)
+        }
+    }
 
     /// The 4 columns of a vector of 8-bit values.
     ///

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::encode::{CELL, CELLS};
 use super::vectors::Vectors;
 use crate::kernels::lanes::Lanes;
 
@@ -59,6 +60,19 @@ impl Vectors for __m512 {
             let raised = _mm512_add_epi32(index, _mm512_set1_epi32(by));
             let passes = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self, _mm512_permutexvar_ps(raised, table));
             _mm512_mask_mov_epi32(index, passes, raised)
+        }
+    }
+    #[inline(always)]
+    unsafe fn nearest_of_iq4_nl(self) -> __m512i {
+        unsafe {
+            let (levels, borders) = (CELLS.0.as_ptr(), CELLS.1.as_ptr());
+            // A lane that rounding moves to the next cell is below that cell's border.
+            let at = _mm512_fmadd_ps(self, _mm512_set1_ps(1.0 / CELL), _mm512_set1_ps(128.0 / CELL));
+            let cell = _mm512_cvttps_epi32(_mm512_max_ps(_mm512_min_ps(at, _mm512_set1_ps(31.0)), _mm512_setzero_ps()));
+            let border = _mm512_permutex2var_ps(_mm512_loadu_ps(borders), cell, _mm512_loadu_ps(borders.add(16)));
+            let level = _mm512_permutex2var_epi32(_mm512_loadu_si512(levels.cast()), cell, _mm512_loadu_si512(levels.add(16).cast()));
+            let passes = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(self, border);
+            _mm512_mask_add_epi32(level, passes, level, _mm512_set1_epi32(1))
         }
     }
     #[inline(always)]
