@@ -45,6 +45,15 @@ impl Pool {
         }
     }
 
+    /// Runs `f`, which enters the pool again and again, on one of its threads, so that it need not change threads to enter.
+    pub(crate) fn host<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+        #[cfg(feature = "parallel")]
+        if let Some(threads) = &self.threads {
+            return threads.install(f);
+        }
+        f()
+    }
+
     /// Runs `f` inside the pool, where [`for_each`] spreads over its threads.
     pub(crate) fn enter<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         #[cfg(feature = "parallel")]
@@ -99,6 +108,8 @@ impl Awake {
 impl Drop for Awake {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+        // This thread's own copy of the broadcast, which does nothing, would otherwise wait for a thread that hosts.
+        while let Some(rayon::Yield::Executed) = rayon::yield_local() {}
     }
 }
 

@@ -86,7 +86,7 @@ impl Grid {
         }
         let mut sequences: Vec<_> = states.iter_mut().zip(tokens).map(|(state, tokens)| self.extend(state, tokens, how.drafted)).collect();
         let outcome = self.compute(&mut sequences, how);
-        let ended = |sequence| self.end(sequence, outcome.is_ok());
+        let ended = |sequence| self.end(sequence, how.want, outcome.is_ok());
         let logits = sequences.into_iter().map(ended).collect();
         outcome.map(|()| logits)
     }
@@ -110,12 +110,12 @@ impl Grid {
     }
 
     /// Puts into the state what came out, or takes everything back.
-    fn end(&self, sequence: Sequence<'_>, done: bool) -> Vec<f32> {
-        let Sequence { state, mut lease, before, logits, .. } = sequence;
+    fn end(&self, sequence: Sequence<'_>, want: Want, done: bool) -> Vec<f32> {
+        let Sequence { state, mut lease, before, mut logits, .. } = sequence;
         if done {
             let last = logits.len() - self.params.config().vocab_size;
-            state.logits.clear();
-            state.logits.extend_from_slice(&logits[last..]);
+            // Of the last token alone they are all there is.
+            state.logits = if want == Want::Last { std::mem::take(&mut logits) } else { logits[last..].to_vec() };
             state.checkpoint = Some(self.params.fingerprint());
             state.lease = Some(lease);
         } else {
@@ -206,14 +206,18 @@ impl Grid {
     /// Waits for the oldest batch.
     fn land(&self, flights: &mut VecDeque<Flight>, sequences: &mut [Sequence<'_>]) -> Result<()> {
         let Some(Flight { parts, pending }) = flights.pop_front() else { return Ok(()) };
-        let logits = pending.wait()?;
-        let mut logits = &logits[..];
+        let mut logits = pending.wait()?;
         for Part { sequence, positions, wanted } in parts {
             let sequence = &mut sequences[sequence];
             let seen = sequence.state.config.first_seen(positions.end.min(sequence.sure));
             sequence.lease.commit(positions.end, seen);
-            let (its, others) = logits.split_at(wanted.len() * self.params.config().vocab_size);
-            sequence.logits.extend_from_slice(its);
+            let others = logits.split_off(wanted.len() * self.params.config().vocab_size);
+            // Mostly there is but this part, and nothing is copied.
+            if sequence.logits.is_empty() {
+                sequence.logits = logits;
+            } else {
+                sequence.logits.extend_from_slice(&logits);
+            }
             logits = others;
         }
         Ok(())

@@ -92,12 +92,17 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// A thread a stage where `concurrent`, with a bounded queue in front of each; otherwise one that steps the schedule of at
-    /// most `depth` batches over all stages. Batches arrive in the order they were sent, with the same bits.
+    /// most `depth` batches over all stages. Batches arrive in the order they were sent, with the same bits. A driver of nothing but
+    /// CPU ranks, alone, is a thread of their pool: every change of threads costs a token tens of microseconds.
     pub(crate) fn start(stages: Vec<Stage>, concurrent: bool, depth: usize) -> Result<Self> {
         let mut driver = Self { inbox: None, threads: Vec::new() };
         if !concurrent || stages.len() == 1 {
             let (inbox, visitors) = mpsc::sync_channel(QUEUE);
-            driver.spawn("torchless-driver".into(), move || step(stages, &visitors, depth))?;
+            let pool = stages[0].pool.clone();
+            let hosted = stages.iter().all(Stage::may_be_hosted);
+            driver.spawn("torchless-driver".into(), move || {
+                if hosted { pool.host(|| step(stages, visitors, depth)) } else { step(stages, visitors, depth) }
+            })?;
             driver.inbox = Some(inbox);
             return Ok(driver);
         }
@@ -181,13 +186,14 @@ fn next_of(visitors: &Receiver<Visitor>, idle: Option<Instant>) -> Option<Visito
 
 /// All stages on one thread, which steps the schedule: in every step each stage computes the batch that it holds, all of them
 /// launched before the first is waited for.
-fn step(mut stages: Vec<Stage>, visitors: &Receiver<Visitor>, depth: usize) {
+fn step(mut stages: Vec<Stage>, visitors: Receiver<Visitor>, depth: usize) {
     let mut schedule = PipelineState::new(stages.len(), depth);
     let mut trips: VecDeque<Trip> = VecDeque::new();
+    let mut idle = None;
     loop {
         while schedule.can_accept() {
             // Only an empty pipeline has time to wait.
-            match if trips.is_empty() { visitors.recv().ok() } else { visitors.try_recv().ok() } {
+            match if trips.is_empty() { next_of(&visitors, idle) } else { visitors.try_recv().ok() } {
                 Some(Visitor::Trip(trip)) => {
                     schedule.push();
                     trips.push_back(*trip);
@@ -214,6 +220,7 @@ fn step(mut stages: Vec<Stage>, visitors: &Receiver<Visitor>, depth: usize) {
             && let Some(trip) = trips.pop_front()
         {
             trip.arrive();
+            idle = Some(Instant::now());
         }
         schedule.advance();
     }

@@ -100,6 +100,7 @@ impl Grid {
                 index,
                 plan,
                 places,
+                pool: pools[index].clone(),
                 gathered,
                 collective,
                 trace,

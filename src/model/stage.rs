@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use crate::backend::{Batch, Flow, Place, PlaceCounts};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
+use crate::kernels::pool::Pool;
 use crate::model::engine::Trip;
 use crate::plan::{Exchange, Plan, SegmentId};
 use crate::trace::{Category, Trace};
@@ -19,6 +20,8 @@ pub(crate) struct Stage {
     pub index: usize,
     pub plan: Plan,
     pub places: Vec<Box<dyn Place>>,
+    /// The threads of its CPU ranks.
+    pub pool: Arc<Pool>,
     /// Width of every rank's part of the gathered logits.
     pub gathered: Vec<usize>,
     pub collective: Arc<dyn Collective>,
@@ -35,6 +38,11 @@ impl Stage {
     /// Whether a launch here returns before the work is done.
     pub(crate) fn is_asynchronous(&self) -> bool {
         self.places.iter().any(|place| place.is_asynchronous())
+    }
+
+    /// Whether whoever drives it may be one of its own threads: those neither wait for a GPU nor talk to other processes.
+    pub(crate) fn may_be_hosted(&self) -> bool {
+        !self.is_asynchronous() && self.collective.size() == 1
     }
 
     pub(crate) fn counts(&self) -> impl Iterator<Item = PlaceCounts> {

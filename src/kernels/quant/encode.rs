@@ -115,9 +115,10 @@ pub(super) unsafe fn iq4_nl<V: Vectors>(x: &[[f32; TILE]; BLOCK], quants: &mut [
         let (mut top, mut bottom) = (V::zero(), V::zero());
         // A NaN or an infinity makes this one.
         let mut poison = V::zero();
-        for k in 0..BLOCK {
-            (top, bottom) = (top.max(V::load_f32(x[k].as_ptr())), bottom.max(mul(V::load_f32(x[k].as_ptr()), minus)));
-            poison = add(poison, mul(V::load_f32(x[k].as_ptr()), V::zero()));
+        for column in x {
+            let column = V::load_f32(column.as_ptr());
+            (top, bottom) = (top.max(column), bottom.max(mul(column, minus)));
+            poison = add(poison, mul(column, V::zero()));
         }
         let (top, bottom, poison) = (lanes(top), lanes(bottom), lanes(poison));
         let (mut largest, mut unit) = ([0.0; TILE], [0.0; TILE]);
