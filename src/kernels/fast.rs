@@ -8,8 +8,8 @@
 //! With S the sum of the products' magnitudes, an output is within S * 2^-19 of the exact one for the usual lengths of K, as products are
 //! added to each sum in f32; where activations are rounded to bf16, S * 2^-8 comes on top.
 //!
-//! Few rows don't repay the transposing: they go the way of [`linear`](crate::kernels::linear). A single one that meets bf16 weights is
-//! multiplied in pairs of bf16 too, where the CPU does that: it needs half of the room in L1, beside the weights that stream through.
+//! Few rows don't repay the transposing: they go the way of [`linear`](crate::kernels::linear). A single one that meets f32 or
+//! bf16 takes the weights as they lie, in words too: in pairs it needs half of the room in L1, beside the weights that stream through.
 
 mod tile;
 
@@ -49,7 +49,7 @@ impl<'a> FastRows<'a> {
     pub(crate) fn new(xs: &[&'a [f32]], dtype: DType) -> Self {
         let kernel = Kernel::best(dtype);
         let packing = match xs {
-            [x] if kernel.takes_one() => {
+            [x] if kernel.takes_one(dtype) => {
                 let mut words = vec![0; x.len().div_ceil(kernel.elements())];
                 pack_row(kernel, x, &mut words, 1, 0);
                 Packing::One(kernel, words)
@@ -242,18 +242,23 @@ mod tests {
         mapped(dtype, rows, cols, &values(rows * cols, 1))
     }
 
-    /// Every output once, and as near to the product in f64 as the module's head promises.
+    /// As near to the product in f64 as the module's head promises.
+    fn check_one(kernel: Kernel, weights: &Matrix, r: usize, x: &[f32], got: f32) {
+        let mut row = vec![0.0; weights.cols()];
+        weights.row_to_f32(r, &mut row);
+        let products = || row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+        let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
+        let rounding = if kernel.elements() == 2 { 2f64.powi(-8) } else { 0.0 };
+        let bound = size * (2f64.powi(-19) + rounding);
+        assert!((f64::from(got) - want).abs() <= bound, "{kernel:?}, {weights:?}: row {r} is {got}, not {want} within {bound}");
+    }
+
+    /// Every output once, and near to the product.
     fn check(kernel: Kernel, weights: &Matrix, rows: Range<usize>, xs: &[&[f32]]) {
         let case = format!("{kernel:?}, {weights:?}, rows {rows:?}, {} inputs", xs.len());
         let (n, mut seen) = (xs.len(), vec![0; weights.rows() * xs.len()]);
-        let mut row = vec![0.0; weights.cols()];
         Panels::new(weights.dtype(), kernel, xs).product(weights, rows.clone(), |r, i, got| {
-            weights.row_to_f32(r, &mut row);
-            let products = || row.iter().zip(xs[i]).map(|(w, x)| f64::from(*w) * f64::from(*x));
-            let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
-            let rounding = if kernel.elements() == 2 { 2f64.powi(-8) } else { 0.0 };
-            let bound = size * (2f64.powi(-19) + rounding);
-            assert!((f64::from(got) - want).abs() <= bound, "{case}: row {r}, input {i} is {got}, not {want} within {bound}");
+            check_one(kernel, weights, r, xs[i], got);
             seen[r * n + i] += 1;
         });
         assert!(seen.into_iter().eq((0..weights.rows() * n).map(|at| i32::from(rows.contains(&(at / n))))), "{case}: every output once");
@@ -276,26 +281,21 @@ mod tests {
     }
 
     #[test]
-    fn a_single_row_of_pairs_is_near_the_product_on_odd_sizes() {
-        for kernel in Kernel::available(DType::Bf16).into_iter().filter(|kernel| kernel.takes_one()) {
-            for cols in (1..=130).chain([511, 513, 1031, 2048]) {
-                let (weights, x) = (matrix(DType::Bf16, 9, cols + 3).slice(2..9, 3..cols + 3), values(cols, 5));
-                let mut words = vec![0; cols.div_ceil(kernel.elements())];
-                pack_row(kernel, &x, &mut words, 1, 0);
-                let (mut row, mut next) = (vec![0.0; cols], 3);
-                kernel.multiply_one(&weights, 3..7, &words, |r, i, got| {
-                    weights.row_to_f32(r, &mut row);
-                    let products = || row.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
-                    let (want, size): (f64, f64) = (products().sum(), products().map(f64::abs).sum());
-                    let bound = size * (2f64.powi(-19) + 2f64.powi(-8));
-                    assert!(
-                        (f64::from(got) - want).abs() <= bound,
-                        "{kernel:?}, {cols} columns: row {r} is {got}, not {want} within {bound}"
-                    );
-                    assert_eq!((r, i), (next, 0));
-                    next += 1;
-                });
-                assert_eq!(next, 7, "every output once");
+    fn a_single_row_is_near_the_product_on_odd_sizes() {
+        for dtype in [DType::F32, DType::F16, DType::Bf16] {
+            for kernel in Kernel::available(dtype).into_iter().filter(|kernel| kernel.takes_one(dtype)) {
+                for cols in (1..=130).chain([511, 513, 1031, 2048]) {
+                    let (weights, x) = (matrix(dtype, 9, cols + 3).slice(2..9, 3..cols + 3), values(cols, 5));
+                    let mut words = vec![0; cols.div_ceil(kernel.elements())];
+                    pack_row(kernel, &x, &mut words, 1, 0);
+                    let mut next = 3;
+                    kernel.multiply_one(&weights, 3..7, &words, |r, i, got| {
+                        check_one(kernel, &weights, r, &x, got);
+                        assert_eq!((r, i), (next, 0));
+                        next += 1;
+                    });
+                    assert_eq!(next, 7, "every output once");
+                }
             }
         }
     }
@@ -322,7 +322,7 @@ mod tests {
                 linear_rows_fast(&weights, 0..37, &FastRows::new(&xs, dtype), |row, i, dot| got[i * 37 + row] = dot);
                 // Products are below 1, so that S is below the number of columns.
                 let kernel = Kernel::best(dtype);
-                let few = n < kernel.fewest() && !(n == 1 && kernel.takes_one());
+                let few = n < kernel.fewest() && !(n == 1 && kernel.takes_one(dtype));
                 let bound = if few { 0.0 } else { cols as f32 / 256.0 };
                 assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() <= bound), "{dtype:?}, {n} rows");
             }

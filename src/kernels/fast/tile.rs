@@ -61,9 +61,16 @@ impl Kernel {
         }
     }
 
-    /// Whether it multiplies a single activation row too.
-    pub(super) fn takes_one(self) -> bool {
-        self.elements() == 2
+    /// Whether a single activation row is faster with it than with [`linear`](crate::kernels::linear), by measurement.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] // only x86 has such a kernel
+    pub(super) fn takes_one(self, dtype: DType) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Pairs => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Products(Isa::Avx512) => dtype == DType::F32,
+            Self::Products(_) => false,
+        }
     }
 
     /// Fewest activation rows that repay the packing, by measurement.
@@ -105,14 +112,16 @@ impl Kernel {
     /// Calls `put(row, 0, weights[row] . x)` for every row of `rows`, of a single activation row in words.
     ///
     /// # Panics
-    /// If the rows are not the matrix's or `x` is not as long, or unless [`Kernel::takes_one`].
+    /// If the rows are not the matrix's or `x` is not as long, or for a kernel that takes many rows alone.
     pub(super) fn multiply_one(self, weights: &Matrix, rows: Range<usize>, x: &[u32], put: impl FnMut(usize, usize, f32)) {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
         assert_eq!(x.len(), weights.cols().div_ceil(self.elements()), "a word for each pair of columns");
         match self {
             // SAFETY: `available` lists only what the CPU has; the lengths are checked.
             #[cfg(target_arch = "x86_64")]
-            Self::Pairs => unsafe { x86::multiply_one_of_pairs(weights, rows, x, put) },
+            Self::Pairs => unsafe { x86::multiply_one_pairs(weights, rows, x, put) },
+            #[cfg(target_arch = "x86_64")]
+            Self::Products(Isa::Avx512) => unsafe { x86::multiply_one_avx512(weights, rows, x, put) },
             Self::Products(_) => unreachable!("{self:?} takes many rows"),
         }
     }
@@ -258,6 +267,53 @@ unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u3
     }
 }
 
+/// The products of weight rows with a single activation row: four sums side by side.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
+    for r in rows {
+        let dot = unsafe {
+            match weights.row(r) {
+                Row::F32(w) => dot::<A, _, 0>(w, x),
+                Row::F16(w) => dot::<A, _, AHEAD>(w, x),
+                Row::Bf16(w) => dot::<A, _, AHEAD>(w, x),
+            }
+        };
+        put(r, 0, dot);
+    }
+}
+
+/// How far ahead the weights of a single activation row are fetched, in bytes, where they take two bytes; of four the CPU itself
+/// fetches enough. Measured.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 12 << 10;
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32]) -> f32 {
+    let step = LANES * A::ELEMENTS;
+    let (steps, rest) = (w.len() / step, w.len() % step);
+    let (from, x) = (w.as_ptr(), x.as_ptr().cast::<f32>());
+    unsafe {
+        let (mut sums, one) = ([A::Lanes::zero(); 4], A::Lanes::splat(1.0));
+        for s in 0..steps {
+            let w = from.add(s * step);
+            if AHEAD > 0 && (s * step * size_of::<W>()).is_multiple_of(64) {
+                A::Lanes::prefetch_near(w.wrapping_byte_add(AHEAD));
+            }
+            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x.add(s * LANES)));
+        }
+        if rest > 0 {
+            let (mut last, mut last_x) = ([W::default(); 2 * LANES], [0.0f32; LANES]);
+            last[..rest].copy_from_slice(&w[steps * step..]);
+            let words = rest.div_ceil(A::ELEMENTS);
+            std::ptr::copy_nonoverlapping(x.add(steps * LANES), last_x.as_mut_ptr(), words);
+            sums[1] = A::add_products(sums[1], A::words(last.as_ptr()), A::Lanes::load_f32(last_x.as_ptr()));
+        }
+        sums[0].fma(sums[1], one).fma(sums[2].fma(sums[3], one), one).sum()
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
@@ -281,37 +337,14 @@ mod x86 {
         }
     }
 
-    /// How far ahead the weights of a single activation row are fetched, in bytes. Measured.
-    const AHEAD: usize = 12 << 10;
-
-    /// # Safety
-    /// The CPU has AVX-512 with BF16; `x` holds a word for each pair of columns.
-    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512bf16")]
-    pub(super) unsafe fn multiply_one_of_pairs(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
-        for r in rows {
-            let Row::Bf16(w) = weights.row(r) else { unreachable!("pairs are of bf16") };
-            let (lines, rest) = w.as_chunks::<{ 2 * LANES }>();
-            unsafe {
-                let mut sums = [__m512::zero(); 4];
-                for (i, line) in lines.iter().enumerate() {
-                    __m512::prefetch_near(line.as_ptr().wrapping_byte_add(AHEAD));
-                    let (w, x) = (Pairs::words(line.as_ptr()), Pairs::words(x.as_ptr().add(i * LANES).cast::<half::bf16>()));
-                    sums[i % 4] = Pairs::add_products(sums[i % 4], w, x);
-                }
-                if !rest.is_empty() {
-                    let mask = (1u32 << rest.len()) - 1;
-                    let from = |p: *const i16| transmute::<__m512i, __m512>(_mm512_maskz_loadu_epi16(mask, p));
-                    let (w, x) = (from(rest.as_ptr().cast()), from(x.as_ptr().add(lines.len() * LANES).cast()));
-                    sums[0] = Pairs::add_products(sums[0], w, x);
-                }
-                let one = __m512::splat(1.0);
-                put(r, 0, sums[0].fma(sums[1], one).fma(sums[2].fma(sums[3], one), one).sum());
-            }
-        }
-    }
-
     macro_rules! entries {
-        ($features:literal, $arithmetic:ty, $rows:literal, $pack:ident, $multiply:ident) => {
+        ($features:literal, $arithmetic:ty, $rows:literal, $pack:ident, $multiply:ident $(, $one:ident)?) => {
+            $(
+                #[target_feature(enable = $features)]
+                pub(super) unsafe fn $one(weights: &Matrix, rows: Range<usize>, x: &[u32], put: impl FnMut(usize, usize, f32)) {
+                    unsafe { one::<$arithmetic>(weights, rows, x, put) }
+                }
+            )?
             #[target_feature(enable = $features)]
             pub(super) unsafe fn $pack<W: Element>(rows: [&[W]; LANES], words: &mut [u32]) {
                 unsafe { pack::<$arithmetic, W>(rows, words) }
@@ -322,7 +355,7 @@ mod x86 {
             }
         };
     }
-    entries!("avx512f,avx512vl,avx512bw", Products<__m512>, 2, pack_avx512, multiply_avx512);
-    entries!("avx512f,avx512vl,avx512bw,avx512bf16", Pairs, 2, pack_pairs, multiply_pairs);
+    entries!("avx512f,avx512vl,avx512bw", Products<__m512>, 2, pack_avx512, multiply_avx512, multiply_one_avx512);
+    entries!("avx512f,avx512vl,avx512bw,avx512bf16", Pairs, 2, pack_pairs, multiply_pairs, multiply_one_pairs);
     entries!("avx2,fma,f16c", Products<[__m256; 2]>, 1, pack_avx2, multiply_avx2);
 }
