@@ -61,16 +61,16 @@ impl<'a> FastRows<'a> {
     }
 }
 
-/// Calls `put(row, i, weights[row] . x[i])` for every row of `rows` and every activation row, in an order of additions that depends on how many there are.
+/// As [`linear_rows`], in an order of additions that depends on how many activation rows there are.
 ///
 /// # Panics
 /// If the rows are not the matrix's, or the activations don't fit it.
-pub(crate) fn linear_rows_fast(weights: &Matrix, rows: Range<usize>, x: &FastRows<'_>, put: impl FnMut(usize, usize, f32)) {
+pub(crate) fn linear_rows_fast(weights: &Matrix, rows: Range<usize>, x: &FastRows<'_>, mut put: impl FnMut(usize, usize, &[f32])) {
     match &x.packing {
         Packing::Nothing => linear_rows(weights, rows, &x.xs, put),
         Packing::One(kernel, words) => {
             assert_eq!(x.xs[0].len(), weights.cols(), "an input for another matrix than one of {} columns", weights.cols());
-            kernel.multiply_one(weights, rows, words, put);
+            kernel.multiply_one(weights, rows, words, |row, i, dot| put(row, i, &[dot]));
         }
         Packing::Many(panels) => panels.product(weights, rows, put),
     }
@@ -136,7 +136,7 @@ impl Panels {
         start..start + len
     }
 
-    fn product(&self, weights: &Matrix, rows: Range<usize>, mut put: impl FnMut(usize, usize, f32)) {
+    fn product(&self, weights: &Matrix, rows: Range<usize>, mut put: impl FnMut(usize, usize, &[f32])) {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
         assert_eq!(self.dtype, weights.dtype(), "activations prepared for another dtype");
         assert_eq!(self.cols, weights.cols(), "an input of {} columns for a matrix of {}", self.cols, weights.cols());
@@ -157,9 +157,7 @@ impl Panels {
                     self.add_block(weights, group.clone(), block, words, sums, ahead);
                 }
                 for (i, sums) in sums.chunks_exact(GROUP).take(self.rows).enumerate() {
-                    for (row, sum) in group.clone().zip(sums) {
-                        put(row, i, *sum);
-                    }
+                    put(group.start, i, &sums[..group.len()]);
                 }
             }
         });
@@ -236,7 +234,7 @@ thread_local! {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::samples::{mapped, values};
+    use crate::kernels::samples::{mapped, one_by_one, values};
 
     fn matrix(dtype: DType, rows: usize, cols: usize) -> Matrix {
         mapped(dtype, rows, cols, &values(rows * cols, 1))
@@ -257,10 +255,14 @@ mod tests {
     fn check(kernel: Kernel, weights: &Matrix, rows: Range<usize>, xs: &[&[f32]]) {
         let case = format!("{kernel:?}, {weights:?}, rows {rows:?}, {} inputs", xs.len());
         let (n, mut seen) = (xs.len(), vec![0; weights.rows() * xs.len()]);
-        Panels::new(weights.dtype(), kernel, xs).product(weights, rows.clone(), |r, i, got| {
-            check_one(kernel, weights, r, xs[i], got);
-            seen[r * n + i] += 1;
-        });
+        Panels::new(weights.dtype(), kernel, xs).product(
+            weights,
+            rows.clone(),
+            one_by_one(|r, i, got| {
+                check_one(kernel, weights, r, xs[i], got);
+                seen[r * n + i] += 1;
+            }),
+        );
         assert!(seen.into_iter().eq((0..weights.rows() * n).map(|at| i32::from(rows.contains(&(at / n))))), "{case}: every output once");
     }
 
@@ -317,9 +319,9 @@ mod tests {
             for n in (1..=40).chain([47, 48, 70]) {
                 let xs: Vec<&[f32]> = x[..n].iter().map(Vec::as_slice).collect();
                 let mut want = vec![0.0; 37 * n];
-                linear_rows(&weights, 0..37, &xs, |row, i, dot| want[i * 37 + row] = dot);
+                linear_rows(&weights, 0..37, &xs, one_by_one(|row, i, dot| want[i * 37 + row] = dot));
                 let mut got = vec![f32::NAN; 37 * n];
-                linear_rows_fast(&weights, 0..37, &FastRows::new(&xs, dtype), |row, i, dot| got[i * 37 + row] = dot);
+                linear_rows_fast(&weights, 0..37, &FastRows::new(&xs, dtype), one_by_one(|row, i, dot| got[i * 37 + row] = dot));
                 // Products are below 1, so that S is below the number of columns.
                 let kernel = Kernel::best(dtype);
                 let few = n < kernel.fewest() && !(n == 1 && kernel.takes_one(dtype));
@@ -338,11 +340,16 @@ mod tests {
         let xs: Vec<&[f32]> = x.iter().map(Vec::as_slice).collect();
         for dtype in [DType::F32, DType::F16, DType::Bf16] {
             let x = FastRows::new(&xs, dtype);
-            linear_rows_fast(&matrix(dtype, 40, 64), 0..40, &x, |_, i, dot| match i {
-                3 => assert!(dot.is_nan(), "{dtype:?}"),
-                4 => assert!(dot.is_infinite(), "{dtype:?}"),
-                _ => assert!(dot.is_finite(), "{dtype:?}"),
-            });
+            linear_rows_fast(
+                &matrix(dtype, 40, 64),
+                0..40,
+                &x,
+                one_by_one(|_, i, dot| match i {
+                    3 => assert!(dot.is_nan(), "{dtype:?}"),
+                    4 => assert!(dot.is_infinite(), "{dtype:?}"),
+                    _ => assert!(dot.is_finite(), "{dtype:?}"),
+                }),
+            );
         }
     }
 }

@@ -70,12 +70,12 @@ pub(crate) fn linear_row(weights: &Matrix, rows: Range<usize>, x: &[f32], out: &
     linear(Isa::best(), weights, rows, &[x], |row, _, dot| out[row - first] = dot);
 }
 
-/// Calls `put(row, i, weights[row] . xs[i])` for every row of `rows` and every activation row.
+/// Calls `put(row, i, dots)` with the dot products of the weight rows from `row` on with activation row `i`, a run for each part of `rows`.
 ///
 /// # Panics
 /// As [`linear_row`].
-pub(crate) fn linear_rows(weights: &Matrix, rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
-    linear(Isa::best(), weights, rows, xs, put);
+pub(crate) fn linear_rows(weights: &Matrix, rows: Range<usize>, xs: &[&[f32]], mut put: impl FnMut(usize, usize, &[f32])) {
+    linear(Isa::best(), weights, rows, xs, |row, i, dot| put(row, i, &[dot]));
 }
 
 fn linear(isa: Isa, weights: &Matrix, rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {

@@ -67,8 +67,8 @@ impl Weights {
         }
     }
 
-    /// Calls `put(row, i, weights[row] . inputs[i])` for every row of `rows` and every input.
-    pub(crate) fn products(&self, rows: Range<usize>, inputs: &Inputs<'_>, put: impl FnMut(usize, usize, f32)) {
+    /// Calls `put(row, i, dots)` with the dot products of the weight rows from `row` on with input `i`, a run for each part of `rows`.
+    pub(crate) fn products(&self, rows: Range<usize>, inputs: &Inputs<'_>, put: impl FnMut(usize, usize, &[f32])) {
         match (self, inputs) {
             (Self::Stored(matrix), Inputs::F32(xs)) => linear_rows(matrix, rows, xs, put),
             (Self::Packed(packed), Inputs::F32(xs)) => packed_rows(packed, rows, xs, put),

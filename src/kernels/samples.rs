@@ -30,3 +30,8 @@ pub(crate) fn mapped(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> 
     map[..bytes.len()].copy_from_slice(&bytes);
     Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
 }
+
+/// Takes runs of dot products apart: `put(row, i, dot)` for each.
+pub(crate) fn one_by_one(mut put: impl FnMut(usize, usize, f32)) -> impl FnMut(usize, usize, &[f32]) {
+    move |row, i, dots| dots.iter().zip(row..).for_each(|(dot, row)| put(row, i, *dot))
+}

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::backend::cpu::Threads;
 use crate::kernels::pool::{self, Scatter, for_each};
 use crate::kernels::product::{Inputs, Weights};
-use crate::kernels::{Numerics, swiglu};
+use crate::kernels::{Numerics, add, swiglu};
 
 /// A matrix and the input that it is multiplied with, an index into [`Sweep::inputs`].
 type Product<'a> = (&'a Weights, usize);
@@ -87,15 +87,14 @@ impl<'a> Sweep<'a> {
         let width = target.width;
         // SAFETY, here and below: an output belongs to one task.
         for (i, &(weights, input)) in target.parts.iter().enumerate() {
-            weights.products(rows.clone(), &self.inputs[input].1, |row, of, dot| {
-                let y = &mut unsafe { target.out.range(of * width + row..of * width + row + 1) }[0];
-                *y = if i == 0 { dot } else { *y + dot };
+            weights.products(rows.clone(), &self.inputs[input].1, |row, of, dots| {
+                let y = unsafe { target.out.range(of * width + row..of * width + row + dots.len()) };
+                if i == 0 { y.copy_from_slice(dots) } else { add(y, dots) }
             });
         }
         if let Some((scratch, (weights, input))) = &target.gated {
-            weights.products(rows.clone(), &self.inputs[*input].1, |row, of, dot| {
-                let y = &mut unsafe { scratch.range(of * width + row..of * width + row + 1) }[0];
-                *y = dot;
+            weights.products(rows.clone(), &self.inputs[*input].1, |row, of, dots| {
+                unsafe { scratch.range(of * width + row..of * width + row + dots.len()) }.copy_from_slice(dots);
             });
             for of in 0..self.n {
                 let range = of * width + rows.start..of * width + rows.end;

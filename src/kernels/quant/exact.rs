@@ -24,15 +24,16 @@ const PASS: usize = 256;
 /// Activation rows of the widest register tile.
 const WIDEST: usize = 8;
 
-/// Calls `put(row, i, w[row] . xs[i])` for every row of `rows`, which start at a multiple of [`TILE`], and every activation row.
+/// Calls `put(row, i, dots)` with the dot products of the weight rows from `row` on with activation row `i`, a run for each tile of `rows`,
+/// which start at a multiple of [`TILE`].
 ///
 /// # Panics
 /// If the rows are not the matrix's, or the activations' lengths don't fit it.
-pub(crate) fn packed_rows(w: &Packed, rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, f32)) {
+pub(crate) fn packed_rows(w: &Packed, rows: Range<usize>, xs: &[&[f32]], put: impl FnMut(usize, usize, &[f32])) {
     packed_rows_on(Isa::best(), w, rows, xs, put);
 }
 
-pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f32]], mut put: impl FnMut(usize, usize, f32)) {
+pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f32]], mut put: impl FnMut(usize, usize, &[f32])) {
     w.check(&rows);
     for x in xs {
         assert_eq!(x.len(), w.cols(), "an input of {} columns for a matrix of {}", x.len(), w.cols());
@@ -45,9 +46,7 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
         for first in rows.clone().step_by(TILE) {
             // SAFETY: the CPU has what `isa` names, here and below; the slices have the lengths that the shapes say.
             let totals = unsafe { (kernels.single)(&w.tile_at(first / TILE), &levels, &x) };
-            for (r, total) in rows.clone().skip(first - rows.start).zip(totals) {
-                put(r, 0, total);
-            }
+            put(first, 0, &totals[..TILE.min(rows.end - first)]);
         }
         return;
     }
@@ -77,10 +76,9 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
                 }
             }
             for (t, tile) in tiles.enumerate() {
+                let first = tile * TILE;
                 for i in 0..xs.len() {
-                    for (r, total) in (tile * TILE..rows.end).zip(totals[t * stride + i]) {
-                        put(r, pass * PASS + i, total);
-                    }
+                    put(first, pass * PASS + i, &totals[t * stride + i][..TILE.min(rows.end - first)]);
                 }
             }
         }

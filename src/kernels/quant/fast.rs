@@ -28,15 +28,16 @@ struct Job<'a> {
 
 type Kernel = unsafe fn(&Job<'_>, &mut [[f32; TILE]; GROUP]);
 
-/// Calls `put(row, i, w[row] . x[i])` for every row of `rows`, which start at a multiple of [`TILE`], and every activation row.
+/// Calls `put(row, i, dots)` with the dot products of the weight rows from `row` on with activation row `i`, a run for each tile of `rows`,
+/// which start at a multiple of [`TILE`].
 ///
 /// # Panics
 /// If the rows are not the matrix's, or the activations' columns not its own.
-pub(crate) fn packed_rows_int8(w: &Packed, rows: Range<usize>, x: &Int8Rows, put: impl FnMut(usize, usize, f32)) {
+pub(crate) fn packed_rows_int8(w: &Packed, rows: Range<usize>, x: &Int8Rows, put: impl FnMut(usize, usize, &[f32])) {
     packed_rows_int8_on(Isa::best(), w, rows, x, put);
 }
 
-pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &Int8Rows, mut put: impl FnMut(usize, usize, f32)) {
+pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &Int8Rows, mut put: impl FnMut(usize, usize, &[f32])) {
     w.check(&rows);
     if rows.is_empty() || x.rows() == 0 {
         return;
@@ -56,9 +57,7 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
                 // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
                 unsafe { kernel(&job, &mut totals) };
                 for (i, totals) in totals[..count].iter().enumerate() {
-                    for (r, total) in (first..rows.end).zip(totals) {
-                        put(r, group * GROUP + i, *total);
-                    }
+                    put(first, group * GROUP + i, &totals[..TILE.min(rows.end - first)]);
                 }
             }
         }

@@ -12,7 +12,7 @@ use super::fast::packed_rows_int8_on;
 use super::format::BLOCK;
 use super::{Int8Rows, Isa, Packed, QuantFormat, TILE};
 use crate::kernels::matrix::{DType, Matrix};
-use crate::kernels::samples;
+use crate::kernels::samples::{self, one_by_one};
 
 /// Bell-shaped, as weights are.
 fn values(n: usize, seed: u32) -> Vec<f32> {
@@ -60,14 +60,24 @@ fn the_exact_form_has_the_bits_of_the_documented_order_for_any_rows_and_batch() 
                 // All rows, and a task's.
                 for range in [0..w.rows(), w.rows() / TILE / 2 * TILE..w.rows()] {
                     let mut seen = vec![0; w.rows() * n];
-                    packed_rows_on(isa, &w, range.clone(), &xs, |r, i, got| {
-                        // Some of them: the twin is slow.
-                        if n < 6 || (r + i) % 5 == 0 {
-                            let want = exact_twin(isa, &weights[r], xs[i], lead);
-                            assert_eq!(got.to_bits(), want.to_bits(), "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}");
-                        }
-                        seen[r * n + i] += 1;
-                    });
+                    packed_rows_on(
+                        isa,
+                        &w,
+                        range.clone(),
+                        &xs,
+                        one_by_one(|r, i, got| {
+                            // Some of them: the twin is slow.
+                            if n < 6 || (r + i) % 5 == 0 {
+                                let want = exact_twin(isa, &weights[r], xs[i], lead);
+                                assert_eq!(
+                                    got.to_bits(),
+                                    want.to_bits(),
+                                    "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}"
+                                );
+                            }
+                            seen[r * n + i] += 1;
+                        }),
+                    );
                     let wanted = (0..w.rows() * n).map(|at| i32::from(range.contains(&(at / n))));
                     assert!(seen.into_iter().eq(wanted), "{isa:?} {format:?}: every output once");
                 }
@@ -89,13 +99,23 @@ fn the_int8_form_has_the_bits_of_the_documented_order_for_any_rows_and_batch() {
                 let int8 = Int8Rows::quantise(&xs, lead);
                 for range in [0..w.rows(), w.rows() / TILE / 2 * TILE..w.rows()] {
                     let mut seen = vec![0; w.rows() * n];
-                    packed_rows_int8_on(isa, &w, range.clone(), &int8, |r, i, got| {
-                        if n < 6 || (r + i) % 5 == 0 {
-                            let want = int8_twin(isa, &weights[r], xs[i], lead);
-                            assert_eq!(got.to_bits(), want.to_bits(), "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}");
-                        }
-                        seen[r * n + i] += 1;
-                    });
+                    packed_rows_int8_on(
+                        isa,
+                        &w,
+                        range.clone(),
+                        &int8,
+                        one_by_one(|r, i, got| {
+                            if n < 6 || (r + i) % 5 == 0 {
+                                let want = int8_twin(isa, &weights[r], xs[i], lead);
+                                assert_eq!(
+                                    got.to_bits(),
+                                    want.to_bits(),
+                                    "{isa:?} {format:?} {range:?} of {c:?}, row {r}, input {i} of {n}"
+                                );
+                            }
+                            seen[r * n + i] += 1;
+                        }),
+                    );
                     let wanted = (0..w.rows() * n).map(|at| i32::from(range.contains(&(at / n))));
                     assert!(seen.into_iter().eq(wanted), "{isa:?} {format:?}: every output once");
                 }
@@ -201,15 +221,27 @@ fn a_hostile_activation_spoils_its_own_row_alone() {
         for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             bad[50] = poison;
             let x = Int8Rows::quantise(&[&good, &bad, &good], 0);
-            packed_rows_int8_on(isa, &w, 0..5, &x, |r, i, got| assert_eq!(got.is_nan(), i == 1, "{isa:?} {format:?} row {r}, input {i}"));
-            packed_rows_on(isa, &w, 0..5, &[&good, &bad, &good], |r, i, got| {
-                assert_eq!(got.is_finite(), i != 1, "{isa:?} {format:?} row {r}, input {i}");
-            });
+            packed_rows_int8_on(
+                isa,
+                &w,
+                0..5,
+                &x,
+                one_by_one(|r, i, got| assert_eq!(got.is_nan(), i == 1, "{isa:?} {format:?} row {r}, input {i}")),
+            );
+            packed_rows_on(
+                isa,
+                &w,
+                0..5,
+                &[&good, &bad, &good],
+                one_by_one(|r, i, got| {
+                    assert_eq!(got.is_finite(), i != 1, "{isa:?} {format:?} row {r}, input {i}");
+                }),
+            );
         }
         // Denormal and huge activations become finite numbers.
         for scale in [1e-45, 1e-38, 1e30] {
             let x: Vec<f32> = good.iter().map(|v| v * scale).collect();
-            packed_rows_int8_on(isa, &w, 0..5, &Int8Rows::quantise(&[&x], 0), |_, _, got| assert!(got.is_finite()));
+            packed_rows_int8_on(isa, &w, 0..5, &Int8Rows::quantise(&[&x], 0), one_by_one(|_, _, got| assert!(got.is_finite())));
         }
     }
 }
