@@ -5,6 +5,7 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod measure;
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -12,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use common::{Spec, write_checkpoint};
+use measure::{leaves_out, measured, read, spread};
 use safetensors::Dtype;
 use torchless::{
     InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, WorkDistributionConfig, plan_summary,
@@ -20,8 +22,6 @@ use torchless::{
 const ROUNDS: usize = 9;
 /// Tokens that a side decodes in its turn.
 const TOKENS: usize = 6;
-/// Words that the reading loop sums: 256 MiB.
-const WORDS: usize = 1 << 25;
 
 /// A model as one side of a comparison runs it.
 struct Side {
@@ -57,17 +57,6 @@ impl Side {
     }
 }
 
-/// GB/s of a loop that only reads.
-fn read(words: &[u64], threads: usize) -> f64 {
-    let start = Instant::now();
-    std::thread::scope(|scope| {
-        for part in words.chunks(words.len().div_ceil(threads)) {
-            scope.spawn(|| black_box(part.iter().fold(0, |sum, word| sum ^ word)));
-        }
-    });
-    size_of_val(words) as f64 / start.elapsed().as_secs_f64() / 1e9
-}
-
 /// Other work on the machine, until it is dropped.
 struct Busy<'a>(&'a AtomicBool);
 
@@ -91,12 +80,6 @@ fn with_busy_threads<T>(n: usize, f: impl FnOnce() -> T) -> T {
         }
         f()
     })
-}
-
-/// Median, 10th and 90th percentile.
-fn spread(mut values: Vec<f64>) -> [f64; 3] {
-    values.sort_by(f64::total_cmp);
-    [0.5, 0.1, 0.9].map(|p| values[((values.len() - 1) as f64 * p).round() as usize])
 }
 
 /// One side against another, in turn: `it` is so many times as fast.
@@ -190,8 +173,7 @@ fn loading(rounds: usize, dir: &Path) {
 
 fn main() {
     let args: Vec<String> = std::env::args().collect();
-    // `cargo bench` says --bench. `cargo test --benches` doesn't: then one round of a small model shows that all of it runs.
-    let measured = args.iter().any(|arg| arg == "--bench");
+    let measured = measured();
     let (made, rounds) = (tempfile::tempdir().unwrap(), if measured { ROUNDS } else { 1 });
     let named = args.iter().position(|arg| arg == "--model").and_then(|i| args.get(i + 1)).map(PathBuf::from);
     let dir = named.unwrap_or_else(|| {
@@ -212,10 +194,8 @@ fn main() {
         );
         made.path().into()
     });
-    let words = vec![1; if measured { WORDS } else { 1 << 10 }];
-    let only = |part: &str| {
-        !args.iter().any(|arg| ["formats", "distribution", "loading"].contains(&&arg[..])) || args.iter().any(|arg| arg == part)
-    };
+    let words = measure::words(measured);
+    let only = |part: &str| !leaves_out(part, &["formats", "distribution", "loading"]);
     if only("formats") {
         formats(rounds, &dir, &words);
     }
