@@ -21,7 +21,7 @@ use torchless::{
 
 const ROUNDS: usize = 9;
 /// Tokens that a side decodes in its turn.
-const TOKENS: usize = 6;
+const TOKENS: usize = 16;
 
 /// A model as one side of a comparison runs it.
 struct Side {

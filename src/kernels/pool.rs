@@ -121,16 +121,20 @@ impl Drop for Awake {
 #[derive(Clone, Copy)]
 struct Solitude {
     until: Option<Instant>,
+    /// How long the next one is.
     next: Duration,
+    /// How long there has been work with help, and no waiting, since the last one.
+    helped: Duration,
 }
 
 #[cfg(feature = "parallel")]
 thread_local! {
-    static SOLITUDE: std::cell::Cell<Solitude> = const { std::cell::Cell::new(Solitude { until: None, next: Solitude::SHORTEST }) };
+    static SOLITUDE: std::cell::Cell<Solitude> = const { std::cell::Cell::new(Solitude::NONE) };
 }
 
 #[cfg(feature = "parallel")]
 impl Solitude {
+    const NONE: Self = Self { until: None, next: Self::SHORTEST, helped: Duration::ZERO };
     const SHORTEST: Duration = Duration::from_millis(20);
     const LONGEST: Duration = Duration::from_millis(640);
     /// A wait that is nobody's fault, beyond that for tasks which are longer than the others.
@@ -146,12 +150,14 @@ impl Solitude {
     /// Learns from tasks of which this thread did `own` in `worked`, before it waited for the last of the others.
     fn learn(own: u32, worked: Duration, waited: Duration) {
         let (before, task) = (SOLITUDE.get(), worked / own.max(1));
-        if task < Self::LONG_TASK && waited > Self::PATIENCE + 2 * task {
-            SOLITUDE.set(Self { until: Some(Instant::now() + before.next), next: (2 * before.next).min(Self::LONGEST) });
-        } else if before.until.is_some_and(|until| until.elapsed() > before.next) {
-            // Help was good for as long as it was done without.
-            SOLITUDE.set(Self { until: None, next: Self::SHORTEST });
-        }
+        let helped = before.helped + worked;
+        SOLITUDE.set(if task < Self::LONG_TASK && waited > Self::PATIENCE + 2 * task {
+            Self { until: Some(Instant::now() + before.next), next: (2 * before.next).min(Self::LONGEST), helped: Duration::ZERO }
+        } else if helped > before.next {
+            Self::NONE
+        } else {
+            Self { helped, ..before }
+        });
     }
 }
 
@@ -261,6 +267,10 @@ mod tests {
         assert!(!Solitude::is_better(), "tasks are long");
         Solitude::learn(4, us(400), ms(4));
         assert!(Solitude::is_better());
+        Solitude::learn(4, us(400), ms(4));
+        assert_eq!(SOLITUDE.get().next, 4 * Solitude::SHORTEST, "longer each time");
+        (0..100).for_each(|_| Solitude::learn(4, us(900), us(0)));
+        assert!(SOLITUDE.get().until.is_none() && SOLITUDE.get().next == Solitude::SHORTEST, "as if nothing had been");
         let seen = std::sync::Mutex::new(Vec::new());
         let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
         let threads_of = |n: usize| {
