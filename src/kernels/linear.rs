@@ -214,7 +214,7 @@ unsafe fn tiles<L: Lanes, W: Element, const R: usize, const C: usize>(
             };
             // From these weights to those that the same tile of the next round takes.
             let ahead = if C == 1 {
-                AHEAD
+                ahead_in_rows(start * size_of::<W>(), AHEAD, n * size_of::<W>(), stride)
             } else if block.end < n {
                 BLOCK * size_of::<W>()
             } else {
@@ -231,6 +231,13 @@ unsafe fn tiles<L: Lanes, W: Element, const R: usize, const C: usize>(
             }
         }
     }
+}
+
+/// From byte `at` of a row of so many bytes to what lies `ahead` of it in this and the following rows, which begin `stride` bytes after each other.
+#[inline(always)]
+pub(super) fn ahead_in_rows(at: usize, ahead: usize, row: usize, stride: usize) -> usize {
+    let rows = (at + ahead) / row.max(1);
+    ahead.wrapping_add(rows.wrapping_mul(stride.wrapping_sub(row)))
 }
 
 /// Adds to `totals` the dot products of a block of R weight rows with C activation rows, which `x` points to, packed as in [`Panel`].
@@ -367,6 +374,16 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_fetched_ahead_lies_in_the_rows_that_follow() {
+        // Rows of 100 bytes, 250 apart.
+        for (at, ahead, there) in [(0, 40, 40), (60, 39, 99), (60, 40, 250), (60, 139, 349), (60, 140, 500), (0, 300, 750)] {
+            assert_eq!(at + ahead_in_rows(at, ahead, 100, 250), there, "{ahead} bytes from {at}");
+            assert_eq!(ahead_in_rows(at, ahead, 100, 100), ahead, "rows without gaps are one stream");
+        }
+        assert_eq!(ahead_in_rows(0, 64, 0, 0), 64);
     }
 
     #[test]

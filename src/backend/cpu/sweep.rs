@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::backend::cpu::Threads;
 use crate::kernels::pool::{self, Scatter, for_each};
 use crate::kernels::product::{Inputs, Weights};
+use crate::kernels::quant::TILE;
 use crate::kernels::{Numerics, add, swiglu};
 
 /// A matrix and the input that it is multiplied with, an index into [`Sweep::inputs`].
@@ -86,11 +87,16 @@ impl<'a> Sweep<'a> {
     fn compute(&self, target: &Target<'_>, rows: Range<usize>) {
         let width = target.width;
         // SAFETY, here and below: an output belongs to one task.
-        for (i, &(weights, input)) in target.parts.iter().enumerate() {
-            weights.products(rows.clone(), &self.inputs[input].1, |row, of, dots| {
-                let y = unsafe { target.out.range(of * width + row..of * width + row + dots.len()) };
-                if i == 0 { y.copy_from_slice(dots) } else { add(y, dots) }
-            });
+        // The ranks' parts of a stored row lie side by side: taken in turn they are nearly one stream.
+        let together = if self.n == 1 && target.parts.len() > 1 { TILE } else { rows.len().max(1) };
+        for first in rows.clone().step_by(together) {
+            let rows = first..rows.end.min(first + together);
+            for (i, &(weights, input)) in target.parts.iter().enumerate() {
+                weights.products(rows.clone(), &self.inputs[input].1, |row, of, dots| {
+                    let y = unsafe { target.out.range(of * width + row..of * width + row + dots.len()) };
+                    if i == 0 { y.copy_from_slice(dots) } else { add(y, dots) }
+                });
+            }
         }
         if let Some((scratch, (weights, input))) = &target.gated {
             weights.products(rows.clone(), &self.inputs[*input].1, |row, of, dots| {

@@ -3,6 +3,8 @@
 use std::ops::Range;
 
 use crate::kernels::lanes::{Element, Lanes};
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::linear::ahead_in_rows;
 use crate::kernels::linear::{Isa, LANES};
 use crate::kernels::matrix::{DType, Matrix, Row};
 
@@ -271,12 +273,13 @@ unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u3
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
+    let stride = if weights.rows() > 1 { weights.row(1).as_ptr().addr() - weights.row(0).as_ptr().addr() } else { 0 };
     for r in rows {
         let dot = unsafe {
             match weights.row(r) {
-                Row::F32(w) => dot::<A, _, 0>(w, x),
-                Row::F16(w) => dot::<A, _, AHEAD>(w, x),
-                Row::Bf16(w) => dot::<A, _, AHEAD>(w, x),
+                Row::F32(w) => dot::<A, _, 0>(w, x, stride),
+                Row::F16(w) => dot::<A, _, AHEAD>(w, x, stride),
+                Row::Bf16(w) => dot::<A, _, AHEAD>(w, x, stride),
             }
         };
         put(r, 0, dot);
@@ -286,20 +289,24 @@ unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mu
 /// How far ahead the weights of a single activation row are fetched, in bytes, where they take two bytes; of four the CPU itself
 /// fetches enough. Measured.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 12 << 10;
+const AHEAD: usize = 8 << 10;
 
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32]) -> f32 {
+unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32], stride: usize) -> f32 {
     let step = LANES * A::ELEMENTS;
     let (steps, rest) = (w.len() / step, w.len() % step);
     let (from, x) = (w.as_ptr(), x.as_ptr().cast::<f32>());
+    // From the weights at hand to those that will be needed: as long as both are in rows as far apart as at first, and then.
+    let (bytes, last) = (size_of_val(w), size_of_val(w).saturating_sub(AHEAD % size_of_val(w).max(1)));
+    let ahead = [0, last].map(|at| ahead_in_rows(at, AHEAD, bytes, stride));
     unsafe {
         let (mut sums, one) = ([A::Lanes::zero(); 4], A::Lanes::splat(1.0));
         for s in 0..steps {
             let w = from.add(s * step);
-            if AHEAD > 0 && (s * step * size_of::<W>()).is_multiple_of(64) {
-                A::Lanes::prefetch_near(w.wrapping_byte_add(AHEAD));
+            let at = s * step * size_of::<W>();
+            if AHEAD > 0 && at.is_multiple_of(64) {
+                A::Lanes::prefetch_near(w.wrapping_byte_add(ahead[usize::from(at >= last)]));
             }
             sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x.add(s * LANES)));
         }
