@@ -269,7 +269,7 @@ unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u3
 /// The products of weight rows with a single activation row: four sums side by side.
 ///
 /// A checkpoint's tensors begin at any multiple of 8 bytes. Vectors that lie in two cache lines cost up to a quarter of the speed of memory, so
-/// weights are taken by vectors that don't, and what lies in front of the first and behind the last of a row by one that overlaps it.
+/// weights and activations are taken by vectors that don't, and what lies in front of the first and behind the last of a row by one that overlaps it.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
@@ -288,12 +288,19 @@ unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mu
     }
 }
 
+/// Words that lie in one cache line.
+#[cfg(target_arch = "x86_64")]
+#[repr(align(64))]
+struct Line([f32; LANES]);
+
 /// Words of an activation row that the first and the last vector of a weight row meet, zeros where those between have them.
 #[cfg(target_arch = "x86_64")]
 struct Ends {
     /// Words in front of the first vector that lies in one line.
     front: usize,
     head: [f32; LANES],
+    /// What those between meet, as they lie.
+    whole: Vec<Line>,
     /// Vectors from there on.
     steps: usize,
     /// `None` if nothing is left behind them.
@@ -316,7 +323,8 @@ impl Ends {
             let last = &x[words - LANES..words];
             std::array::from_fn(|i| if i < LANES - rest { 0.0 } else { f32::from_bits(last[i]) })
         });
-        Self { front, head, steps, tail }
+        let whole = x[front..].as_chunks().0.iter().take(steps).map(|line| Line(line.map(f32::from_bits))).collect();
+        Self { front, head, whole, steps, tail }
     }
 }
 
@@ -328,7 +336,7 @@ const AHEAD: usize = 8 << 10;
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32], ends: &Ends, stride: usize) -> f32 {
-    let Ends { front, head, steps, tail } = ends;
+    let Ends { front, head, whole: x_of_whole, steps, tail } = ends;
     let (step, words) = (LANES * A::ELEMENTS, w.len() / A::ELEMENTS);
     let (from, x) = (w.as_ptr(), x.as_ptr().cast::<f32>());
     // From the weights at hand to those that will be needed: as long as both are in rows as far apart as at first, and then.
@@ -339,14 +347,14 @@ unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32],
         if *front > 0 {
             sums[3] = A::add_products(sums[3], A::words(from), A::Lanes::load_f32(head.as_ptr()));
         }
-        let (whole, x_of_whole) = (from.add(front * A::ELEMENTS), x.add(*front));
+        let whole = from.add(front * A::ELEMENTS);
         for s in 0..*steps {
             let w = whole.add(s * step);
             let at = s * step * size_of::<W>();
             if AHEAD > 0 && at.is_multiple_of(64) {
                 A::Lanes::prefetch_near(w.wrapping_byte_add(ahead[usize::from(at >= last)]));
             }
-            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x_of_whole.add(s * LANES)));
+            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x_of_whole.get_unchecked(s).0.as_ptr()));
         }
         let mut done = front + steps * LANES;
         if let Some(tail) = tail {
