@@ -11,6 +11,8 @@
 //! Few rows don't repay the transposing: they go the way of [`linear`](crate::kernels::linear). A single one takes
 //! the weights as they lie, in words too: in pairs it needs half of the room in L1, beside the weights that stream through.
 
+#[cfg(target_arch = "x86_64")] // no other CPU has shown that it gains
+mod one;
 mod tile;
 
 use std::cell::RefCell;

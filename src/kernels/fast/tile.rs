@@ -3,8 +3,6 @@
 use std::ops::Range;
 
 use crate::kernels::lanes::{Element, Lanes};
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::linear::ahead_in_rows;
 use crate::kernels::linear::{Isa, LANES};
 use crate::kernels::matrix::{DType, Matrix, Row};
 
@@ -112,6 +110,7 @@ impl Kernel {
     ///
     /// # Panics
     /// If the rows are not the matrix's or `x` is not as long, or for a kernel that takes many rows alone.
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] // only x86 has such a kernel
     pub(super) fn multiply_one(self, weights: &Matrix, rows: Range<usize>, x: &[u32], put: impl FnMut(usize, usize, f32)) {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
         assert_eq!(x.len(), weights.cols().div_ceil(self.elements()), "a word for each pair of columns");
@@ -147,7 +146,7 @@ impl Kernel {
 }
 
 /// How words are multiplied.
-trait Arithmetic {
+pub(super) trait Arithmetic {
     type Lanes: Lanes;
     /// Elements of a row in a word.
     const ELEMENTS: usize;
@@ -266,118 +265,13 @@ unsafe fn tile<A: Arithmetic, const R: usize, const C: usize>(w: &[u32], x: &[u3
     }
 }
 
-/// The products of weight rows with a single activation row: four sums side by side.
-///
-/// A checkpoint's tensors begin at any multiple of 8 bytes. Vectors that lie in two cache lines cost up to a quarter of the speed of memory, so
-/// weights and activations are taken by vectors that don't, and what lies in front of the first and behind the last of a row by one that overlaps it.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x: &[u32], mut put: impl FnMut(usize, usize, f32)) {
-    let stride = if weights.rows() > 1 { weights.row(1).as_ptr().addr() - weights.row(0).as_ptr().addr() } else { 0 };
-    let word = weights.dtype().bytes(A::ELEMENTS);
-    let ends = Ends::new(x, weights.row(0).as_ptr().addr(), stride, word, weights.cols() / A::ELEMENTS);
-    for r in rows {
-        let dot = unsafe {
-            match weights.row(r) {
-                Row::F32(w) => dot::<A, _, 0>(w, x, &ends, stride),
-                Row::F16(w) => dot::<A, _, AHEAD>(w, x, &ends, stride),
-                Row::Bf16(w) => dot::<A, _, AHEAD>(w, x, &ends, stride),
-            }
-        };
-        put(r, 0, dot);
-    }
-}
-
-/// Words that lie in one cache line.
-#[cfg(target_arch = "x86_64")]
-#[repr(align(64))]
-struct Line([f32; LANES]);
-
-/// Words of an activation row that the first and the last vector of a weight row meet, zeros where those between have them.
-#[cfg(target_arch = "x86_64")]
-struct Ends {
-    /// Words in front of the first vector that lies in one line.
-    front: usize,
-    head: [f32; LANES],
-    /// What those between meet, as they lie.
-    whole: Vec<Line>,
-    /// Vectors from there on.
-    steps: usize,
-    /// `None` if nothing is left behind them.
-    tail: Option<[f32; LANES]>,
-}
-
-#[cfg(target_arch = "x86_64")]
-impl Ends {
-    /// For rows of so many whole words, the first at `addr`.
-    fn new(x: &[u32], addr: usize, stride: usize, word: usize, words: usize) -> Self {
-        let vector = LANES * word;
-        let gap = addr.wrapping_neg() % vector;
-        // Rows that lie each in its own way, or are short, are taken from their starts.
-        let alike = stride.is_multiple_of(vector) && gap.is_multiple_of(word) && words >= 2 * LANES;
-        let front = if alike { gap / word } else { 0 };
-        let (steps, rest) = ((words - front) / LANES, (words - front) % LANES);
-        let mut head = [0.0; LANES];
-        head.iter_mut().zip(&x[..front]).for_each(|(to, x)| *to = f32::from_bits(*x));
-        let tail = (rest > 0 && words >= LANES).then(|| {
-            let last = &x[words - LANES..words];
-            std::array::from_fn(|i| if i < LANES - rest { 0.0 } else { f32::from_bits(last[i]) })
-        });
-        let whole = x[front..].as_chunks().0.iter().take(steps).map(|line| Line(line.map(f32::from_bits))).collect();
-        Self { front, head, whole, steps, tail }
-    }
-}
-
-/// How far ahead the weights of a single activation row are fetched, in bytes, where they take two bytes; of four the CPU itself
-/// fetches enough. Measured.
-#[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 8 << 10;
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32], ends: &Ends, stride: usize) -> f32 {
-    let Ends { front, head, whole: x_of_whole, steps, tail } = ends;
-    let (step, words) = (LANES * A::ELEMENTS, w.len() / A::ELEMENTS);
-    let (from, x) = (w.as_ptr(), x.as_ptr().cast::<f32>());
-    // From the weights at hand to those that will be needed: as long as both are in rows as far apart as at first, and then.
-    let (bytes, last) = (size_of_val(w), size_of_val(w).saturating_sub(AHEAD % size_of_val(w).max(1)));
-    let ahead = [0, last].map(|at| ahead_in_rows(at, AHEAD, bytes, stride));
-    unsafe {
-        let (mut sums, one) = ([A::Lanes::zero(); 4], A::Lanes::splat(1.0));
-        if *front > 0 {
-            sums[3] = A::add_products(sums[3], A::words(from), A::Lanes::load_f32(head.as_ptr()));
-        }
-        let whole = from.add(front * A::ELEMENTS);
-        for s in 0..*steps {
-            let w = whole.add(s * step);
-            let at = s * step * size_of::<W>();
-            if AHEAD > 0 && at.is_multiple_of(64) {
-                A::Lanes::prefetch_near(w.wrapping_byte_add(ahead[usize::from(at >= last)]));
-            }
-            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x_of_whole.get_unchecked(s).0.as_ptr()));
-        }
-        let mut done = front + steps * LANES;
-        if let Some(tail) = tail {
-            sums[2] = A::add_products(sums[2], A::words(from.add((words - LANES) * A::ELEMENTS)), A::Lanes::load_f32(tail.as_ptr()));
-            done = words;
-        }
-        let rest = w.len() - done * A::ELEMENTS;
-        if rest > 0 {
-            let (mut last, mut last_x) = ([W::default(); 2 * LANES], [0.0f32; LANES]);
-            last[..rest].copy_from_slice(&w[done * A::ELEMENTS..]);
-            std::ptr::copy_nonoverlapping(x.add(done), last_x.as_mut_ptr(), rest.div_ceil(A::ELEMENTS));
-            sums[1] = A::add_products(sums[1], A::words(last.as_ptr()), A::Lanes::load_f32(last_x.as_ptr()));
-        }
-        sums[0].fma(sums[1], one).fma(sums[2].fma(sums[3], one), one).sum()
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
     use std::mem::transmute;
 
     use super::*;
+    use crate::kernels::fast::one::one;
 
     /// Words are pairs of bf16, whose two products are added to an f32.
     struct Pairs;
