@@ -43,10 +43,8 @@ struct Ends {
     /// Words in front of the first vector that lies in one line.
     front: usize,
     head: [f32; LANES],
-    /// What those between meet, as they lie.
+    /// What the vectors from there on meet, as they lie.
     whole: Vec<Line>,
-    /// Vectors from there on.
-    steps: usize,
     /// `None` if nothing is left behind them.
     tail: Option<[f32; LANES]>,
 }
@@ -67,7 +65,7 @@ impl Ends {
             std::array::from_fn(|i| if i < LANES - rest { 0.0 } else { f32::from_bits(last[i]) })
         });
         let whole = x[front..].as_chunks().0.iter().take(steps).map(|line| Line(line.map(f32::from_bits))).collect();
-        Self { front, head, whole, steps, tail }
+        Self { front, head, whole, tail }
     }
 }
 
@@ -77,7 +75,7 @@ const AHEAD: usize = 8 << 10;
 
 #[inline(always)]
 unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32], ends: &Ends, stride: usize) -> f32 {
-    let Ends { front, head, whole: x_of_whole, steps, tail } = ends;
+    let Ends { front, head, whole: x_of_whole, tail } = ends;
     let (step, words) = (LANES * A::ELEMENTS, w.len() / A::ELEMENTS);
     let (from, x) = (w.as_ptr(), x.as_ptr().cast::<f32>());
     // From the weights at hand to those that will be needed: as long as both are in rows as far apart as at first, and then.
@@ -89,15 +87,15 @@ unsafe fn dot<A: Arithmetic, W: Element, const AHEAD: usize>(w: &[W], x: &[u32],
             sums[3] = A::add_products(sums[3], A::words(from), A::Lanes::load_f32(head.as_ptr()));
         }
         let whole = from.add(front * A::ELEMENTS);
-        for s in 0..*steps {
+        for (s, x) in x_of_whole.iter().enumerate() {
             let w = whole.add(s * step);
             let at = s * step * size_of::<W>();
             if AHEAD > 0 && at.is_multiple_of(64) {
                 A::Lanes::prefetch_near(w.wrapping_byte_add(ahead[usize::from(at >= last)]));
             }
-            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x_of_whole.get_unchecked(s).0.as_ptr()));
+            sums[s % 4] = A::add_products(sums[s % 4], A::words(w), A::Lanes::load_f32(x.0.as_ptr()));
         }
-        let mut done = front + steps * LANES;
+        let mut done = front + x_of_whole.len() * LANES;
         if let Some(tail) = tail {
             sums[2] = A::add_products(sums[2], A::words(from.add((words - LANES) * A::ELEMENTS)), A::Lanes::load_f32(tail.as_ptr()));
             done = words;

@@ -113,7 +113,7 @@ impl Kernel {
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables))] // only x86 has such a kernel
     pub(super) fn multiply_one(self, weights: &Matrix, rows: Range<usize>, x: &[u32], put: impl FnMut(usize, usize, f32)) {
         assert!(rows.end <= weights.rows(), "rows {rows:?} of a matrix of {} rows", weights.rows());
-        assert_eq!(x.len(), weights.cols().div_ceil(self.elements()), "a word for each pair of columns");
+        assert_eq!(x.len(), weights.cols().div_ceil(self.elements()), "a word for every {} columns", self.elements());
         match self {
             // SAFETY: `available` lists only what the CPU has; the lengths are checked.
             #[cfg(target_arch = "x86_64")]
