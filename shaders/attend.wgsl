@@ -2,8 +2,8 @@
 //
 // It walks the positions in blocks of 64, a lane each, with an online softmax: what was summed before is scaled down when a
 // block holds a larger score. Nothing masked is infinite, and no exponent is above 0.
-@group(0) @binding(2) var<storage, read> q: array<vec2<f32>>;           // [rows, stride / 2]
-@group(0) @binding(3) var<storage, read_write> y: array<vec2<f32>>;     // [rows, stride / 2]
+@group(0) @binding(2) var<storage, read> q: array<vec2<f32>>;           // [rows, 2 width4], as shaders/finish/qkv.wgsl leaves it
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;           // [rows, stride]
 @group(0) @binding(4) var<storage, read> keys: array<u32>;              // pages of a layer
 @group(0) @binding(5) var<storage, read> values: array<u32>;
 @group(0) @binding(6) var<storage, read> positions: array<vec2<u32>>;   // [rows]: table of the sequence, position
@@ -40,9 +40,9 @@ fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgr
     if (row >= row_count()) {
         return;
     }
-    let at = row * (shape.stride / 2u) + head * HALF_HEAD;
+    let q_at = row * 2u * shape.width4 + head * HALF_HEAD;
     for (var i = lane.index; i < HALF_HEAD; i += BLOCK) {
-        query[i] = q[at + i] * shape.scale;
+        query[i] = q[q_at + i] * shape.scale;
         sums[i] = vec2(0.0);
     }
     workgroupBarrier();
@@ -90,6 +90,9 @@ fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgr
         top = new_top;
     }
     for (var i = lane.index; i < HALF_HEAD; i += BLOCK) {
-        y[at + i] = sums[i] / total;
+        let mean = sums[i] / total;
+        let at = row * shape.stride + shape.lead + 2u * (head * HALF_HEAD + i);
+        y[at] = mean.x;
+        y[at + 1u] = mean.y;
     }
 }

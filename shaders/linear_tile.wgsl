@@ -1,29 +1,11 @@
-// y = x weight^T for many rows: 64 invocations compute a tile of 32 rows x 32 outputs, 4 x 4 each.
-@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>;  // [rows, width4]
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;  // [rows, stride]
+// y = x weight^T for many rows: 64 invocations compute a tile of 8 M rows x 8 N outputs, M x N each.
+@group(0) @binding(3) var<storage, read> x: array<vec4<f32>>; // [rows, width4]
 
-const TILE: u32 = 32u;
-const DEPTH: u32 = 4u; // vectors of 4 columns in a step
+const DOWN: u32 = 8u * M;
+const ACROSS: u32 = 8u * N;
 
-var<workgroup> tile_x: array<vec4<f32>, TILE * DEPTH>; // [DEPTH, rows of the tile]
-var<workgroup> tile_w: array<vec4<f32>, TILE * DEPTH>; // [DEPTH, outputs of the tile]
-
-fn store(row: u32, first: u32, sums: vec4<f32>) {
-    if (row >= row_count()) {
-        return;
-    }
-    for (var j = 0u; j < 4u; j++) {
-        let out = first + 8u * j;
-        if (out < shape.out) {
-            let at = row * shape.stride + shape.first_out + out;
-            var sum = sums[j];
-            if (shape.accumulate == 1u) {
-                sum += y[at];
-            }
-            y[at] = sum;
-        }
-    }
-}
+var<workgroup> tile_x: array<vec4<f32>, 8u * DOWN>;   // [8, rows of the tile]
+var<workgroup> tile_w: array<vec4<f32>, 8u * ACROSS>; // [8, outputs of the tile]
 
 @compute @workgroup_size(64)
 fn main(
@@ -31,59 +13,51 @@ fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
 ) {
+    prepare(lane, 64u);
     let index = folded(group, groups);
-    let down = (row_count() + TILE - 1u) / TILE;
-    let first_row = index % down * TILE;
-    let first_out = index / down * TILE;
+    let down = (row_count() + DOWN - 1u) / DOWN;
+    let first_row = index % down * DOWN;
+    let first_out = index / down * ACROSS;
     if (first_out >= shape.out) {
         return;
     }
-    let out = lane % 8u;
+    let across = lane % 8u;
     let row = lane / 8u;
-    // Row row + 8 i of the tile, outputs out + 8 j.
-    var sums0 = vec4(0.0);
-    var sums1 = vec4(0.0);
-    var sums2 = vec4(0.0);
-    var sums3 = vec4(0.0);
-    for (var col4 = 0u; col4 < shape.width4; col4 += DEPTH) {
-        for (var i = lane; i < TILE * DEPTH; i += 64u) {
-            let depth = i % DEPTH;
-            let line = i / DEPTH;
-            let col = col4 + depth;
-            var vx = vec4(0.0);
-            var vw = vec4(0.0);
-            if (col < shape.width4) {
-                if (first_row + line < row_count()) {
-                    vx = x[(first_row + line) * shape.width4 + col];
-                }
-                if (first_out + line < shape.out) {
-                    vw = weight4(first_out + line, col);
-                }
+    // Rows row + 8 i of the tile, outputs 2 across + j % 2 + 16 (j / 2): pairs of neighbours.
+    var sums: array<array<f32, N>, M>;
+    for (var b = 0u; b < shape.blocks; b++) {
+        for (var o = lane; o < ACROSS; o += 64u) {
+            let out = min(first_out + o, shape.out - 1u);
+            let block = block_at((out / 16u * shape.blocks + b) * STRIDE, out % 16u);
+            for (var j = 0u; j < VECTORS; j++) {
+                tile_w[j * ACROSS + o] = (block4(block, j) - BIAS) * block.scale;
             }
-            tile_x[depth * TILE + line] = vx;
-            tile_w[depth * TILE + line] = vw;
+        }
+        for (var o = lane; o < 8u * DOWN; o += 64u) {
+            let of_row = min(first_row + o / 8u, row_count() - 1u);
+            tile_x[o % 8u * DOWN + o / 8u] = x[of_row * shape.width4 + 8u * b + o % 8u];
         }
         workgroupBarrier();
-        for (var depth = 0u; depth < DEPTH; depth++) {
-            let at_w = depth * TILE + out;
-            let w0 = tile_w[at_w];
-            let w1 = tile_w[at_w + 8u];
-            let w2 = tile_w[at_w + 16u];
-            let w3 = tile_w[at_w + 24u];
-            let at_x = depth * TILE + row;
-            let x0 = tile_x[at_x];
-            let x1 = tile_x[at_x + 8u];
-            let x2 = tile_x[at_x + 16u];
-            let x3 = tile_x[at_x + 24u];
-            sums0 += vec4(dot(x0, w0), dot(x0, w1), dot(x0, w2), dot(x0, w3));
-            sums1 += vec4(dot(x1, w0), dot(x1, w1), dot(x1, w2), dot(x1, w3));
-            sums2 += vec4(dot(x2, w0), dot(x2, w1), dot(x2, w2), dot(x2, w3));
-            sums3 += vec4(dot(x3, w0), dot(x3, w1), dot(x3, w2), dot(x3, w3));
+        for (var d = 0u; d < 8u; d += 1u) {
+            var w: array<vec4<f32>, N>;
+            for (var j = 0u; j < N; j++) {
+                w[j] = tile_w[d * ACROSS + 2u * across + j % 2u + j / 2u * 16u];
+            }
+            for (var i = 0u; i < M; i++) {
+                let v = tile_x[d * DOWN + row + 8u * i];
+                for (var k = 0u; k < N; k++) {
+                    sums[i][k] = dot_add(v, w[k], sums[i][k]);
+                }
+            }
         }
         workgroupBarrier();
     }
-    store(first_row + row, first_out + out, sums0);
-    store(first_row + row + 8u, first_out + out, sums1);
-    store(first_row + row + 16u, first_out + out, sums2);
-    store(first_row + row + 24u, first_out + out, sums3);
+    for (var i = 0u; i < M; i++) {
+        let of_row = first_row + row + 8u * i;
+        if (of_row < row_count()) {
+            for (var h = 0u; h < HALF_N; h++) {
+                finish(of_row, first_out / 2u + across + 8u * h, vec2(sums[i][2u * h], sums[i][2u * h + 1u]));
+            }
+        }
+    }
 }

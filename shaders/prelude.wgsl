@@ -3,20 +3,24 @@
 struct Shape {
     rows_of: u32,       // which of `counts` the op's rows are: 0 all rows, 1 the wanted ones
     width: u32,         // elements in a row
-    width4: u32,        // the same in vectors of 4, the last one padded with zeros
-    stride: u32,        // elements from one row to the next, where a row isn't read in vectors
+    width4: u32,        // from one row to the next, in vectors of 4; what lies behind `width` is zero
+    stride: u32,        // the same of what a linear layer or attention writes, in elements
+    blocks: u32,        // blocks of 32 columns of a weight
     out: u32,           // outputs of a linear layer (of one block of its weight)
     first_out: u32,     // the first of them
-    accumulate: u32,    // whether a linear layer adds to y
-    heads: u32,         // heads in a row
+    accumulate: u32,    // whether a linear layer adds to y, or a norm's input is added to first
+    heads: u32,         // query heads of this rank
     half_head: u32,     // pairs of elements in a head
     kv_heads: u32,      // key-value heads held by this rank
     first_head: u32,    // this rank's first query head, counted over all ranks
     first_kv_head: u32, // its first key-value head, likewise
     group: u32,         // query heads that share a key-value head
     window: u32,        // positions seen, 0 for all
+    lead: u32,          // zeros before the first element of a row of attention's y
     eps: f32,           // of RMSNorm
     scale: f32,         // 1 / sqrt(head_dim)
+    unused0: u32,
+    unused1: u32,
 }
 
 @group(0) @binding(0) var<uniform> shape: Shape;

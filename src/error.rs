@@ -87,12 +87,6 @@ pub enum Error {
     #[error("{option} {value} makes no sense: {right}")]
     Option { option: &'static str, value: String, right: &'static str },
 
-    /// A format that GPUs don't compute with, on a device that is one.
-    #[error(
-        "weights of {format} run on the CPU only, and {device} is in the device list: leave it out, or load the weights as they are stored"
-    )]
-    QuantisedOnGpu { format: &'static str, device: String },
-
     /// A file that was taken for a trace.
     #[error("{name} is no trace that can be drawn: {problem}")]
     Trace { name: String, problem: String },

@@ -299,6 +299,8 @@ fn a_prompt_is_dispatched_in_chunks_and_not_token_by_token() {
     let prefill = dispatches();
     model.forward(&mut state, 1, false);
     let decode = dispatches() - prefill;
+    // Norm, projections, attention, output, norm, gate and up, down; and the last sum, the wanted row, the last norm, the head.
+    assert_eq!(decode, 7 * 3 + 4);
     eprintln!("dispatches: {prefill} for a prefill of 256 tokens, {decode} for a token");
     assert!(prefill <= decode, "{prefill} dispatches for 256 tokens, {decode} for one");
 }

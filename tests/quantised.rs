@@ -8,7 +8,7 @@ use std::sync::Mutex;
 
 use common::{Spec, fixture, write_checkpoint};
 use safetensors::Dtype;
-use torchless::{Device, Error, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, plan_summary};
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, plan_summary};
 
 /// Logits at every position of the main prompt: of the exact forms, of the fast ones token by token, and of a fast prefill.
 fn logits(model: &TensorParallelMistral, ids: &[u32]) -> [Vec<f32>; 3] {
@@ -195,13 +195,26 @@ fn a_file_that_cannot_be_written_is_no_failure() {
     assert!(file.is_dir() && fs::read_dir(dir.path()).unwrap().count() == 4, "and no half of a file is left");
 }
 
+/// GPUs compute with the weights that CPUs compute with, cut wherever it may be.
 #[test]
-fn a_gpu_in_the_list_is_refused_by_name() {
-    for gpu in common::gpus().into_iter().take(1) {
-        let config = ParallelConfig::default().weights(QuantFormat::Q8_0);
-        let error = TensorParallelMistral::load_grid(fixture::load("tied"), config, [Device::cpu(), gpu.clone()]).err().unwrap();
-        assert!(matches!(error, Error::QuantisedOnGpu { .. }), "{error}");
-        assert!(error.to_string().contains("q8_0") && error.to_string().contains(&gpu.label()), "{error}");
+fn every_format_runs_on_gpus_and_beside_the_cpu() {
+    let gpus = common::gpus();
+    for (i, name) in fixture::ALL.into_iter().enumerate() {
+        let ids = &fixture::cases(name)[0].ids;
+        for format in QuantFormat::ALL {
+            let [alone, ..] = logits(&load(name, grid(1, 1).weights(format)), ids);
+            // Every adapter meets every format, and every fixture some adapter.
+            let Some(gpu) = gpus.get(i % gpus.len().max(1)) else { return };
+            let isolated = gpu.clone().isolated();
+            for devices in [vec![gpu.clone(); 2], vec![isolated.clone(), Device::cpu(), isolated]] {
+                let list: Vec<String> = devices.iter().map(Device::to_string).collect();
+                let config = ParallelConfig::default().weights(format);
+                let model =
+                    TensorParallelMistral::load_grid(fixture::load(name), config, devices).unwrap_or_else(|e| panic!("{list:?}: {e}"));
+                let gap = fixture::gap(&logits(&model, ids)[0], &alone);
+                assert!(gap < 1e-3, "{name}, {}, {list:?}: {gap:e}", format.name());
+            }
+        }
     }
 }
 

@@ -1,9 +1,22 @@
-// bf16 weights: two elements in a word, the first in its low half; each is the upper half of an f32.
-@group(0) @binding(2) var<storage, read> weights: array<vec2<u32>>; // [rows, width4]
+// bf16 weights: 4 vectors of 8 elements, two in a word, the first in its low half; each is the upper half of an f32.
+const STRIDE: u32 = 64u; // vectors in a block
+const BIAS: f32 = 0.0;   // what `block4` adds to every weight, before the scale
 
-fn weight4(row: u32, col4: u32) -> vec4<f32> {
-    let words = weights[row * shape.width4 + col4];
-    let low = words << vec2(16u);
-    let high = words & vec2(0xffff0000u);
-    return bitcast<vec4<f32>>(vec4(low.x, high.x, low.y, high.y));
+struct Block {
+    at: u32,
+    scale: f32,
+}
+
+fn prepare(lane: u32, lanes: u32) {
+}
+
+fn block_at(at: u32, row: u32) -> Block {
+    return Block(at + row, 1.0);
+}
+
+// Columns 4j to 4j + 4.
+fn block4(block: Block, j: u32) -> vec4<f32> {
+    let words = weights[block.at + 16u * (j / 2u)];
+    let half = select(words.xy, words.zw, j % 2u == 1u);
+    return bitcast<vec4<f32>>(vec4(half.x << 16u, half.x & 0xffff0000u, half.y << 16u, half.y & 0xffff0000u));
 }

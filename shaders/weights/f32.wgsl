@@ -1,6 +1,20 @@
-// f32 weights: a vector is four elements.
-@group(0) @binding(2) var<storage, read> weights: array<vec4<f32>>; // [rows, width4]
+// f32 weights: 8 vectors of 4 elements.
+const STRIDE: u32 = 128u; // vectors in a block
+const BIAS: f32 = 0.0;    // what `block4` adds to every weight, before the scale
 
-fn weight4(row: u32, col4: u32) -> vec4<f32> {
-    return weights[row * shape.width4 + col4];
+struct Block {
+    at: u32,
+    scale: f32,
+}
+
+fn prepare(lane: u32, lanes: u32) {
+}
+
+fn block_at(at: u32, row: u32) -> Block {
+    return Block(at + row, 1.0);
+}
+
+// Columns 4j to 4j + 4.
+fn block4(block: Block, j: u32) -> vec4<f32> {
+    return bitcast<vec4<f32>>(weights[block.at + 16u * j]);
 }

@@ -1,7 +1,5 @@
 //! The CPU as a place: all ranks of a stage that live on it, one flat list of (rank, chunk) tasks a step.
 
-mod cache;
-mod lower;
 mod sweep;
 mod weights;
 
@@ -10,6 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+use crate::backend::steps::{Step, lower};
 use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts, Row};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -20,7 +19,6 @@ use crate::kernels::pool::{Pool, Scatter, for_each};
 use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
-use lower::{Step, lower};
 use sweep::Sweep;
 use weights::{Held, hold};
 
@@ -149,6 +147,12 @@ impl CpuPlace {
                 (self.bufs[x.0], self.bufs[y.0]) = (stream, out);
             }
             Step::Linear { x, ref to, sum } => self.linear(x, to, sum, batch),
+            Step::Qkv { x, weights: [wq, wk, wv], q, k, v, layer } => {
+                self.linear(x, &[(wq, q), (wk, k), (wv, v)], false, batch);
+                self.rope(q, batch);
+                self.rope(k, batch);
+                self.store_kv(layer, k, v, batch);
+            }
             Step::GatedLinear { x, gate, up, scratch, y } => self.gated_linear(x, [gate, up], scratch, y, batch),
             Step::Op(op) => self.run_op(op, batch),
         }
@@ -157,13 +161,7 @@ impl CpuPlace {
     fn run_op(&mut self, op: Op, batch: &Batch) {
         match op {
             Op::RmsNorm { .. } | Op::Linear { .. } => unreachable!("they are steps of their own"),
-            Op::Rope { x } => {
-                let angles = self.config.head_dim;
-                for Activation { width, data } in &mut self.bufs[x.0] {
-                    let width = *width;
-                    spread(batch.rows.len(), 8 * width, data, |row, x| rope(x, &batch.rope[row * angles..][..angles]));
-                }
-            }
+            Op::Rope { x } => self.rope(x, batch),
             Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v, batch),
             Op::Attend { layer, q, y } => {
                 let mut out = self.take(y);
@@ -191,6 +189,14 @@ impl CpuPlace {
                 }
                 self.bufs[y.0] = out;
             }
+        }
+    }
+
+    fn rope(&mut self, x: Buf, batch: &Batch) {
+        let angles = self.config.head_dim;
+        for Activation { width, data } in &mut self.bufs[x.0] {
+            let width = *width;
+            spread(batch.rows.len(), 8 * width, data, |row, x| rope(x, &batch.rope[row * angles..][..angles]));
         }
     }
 

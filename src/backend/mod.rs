@@ -19,6 +19,8 @@ use crate::partition::StagePartition;
 use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
 pub(crate) mod cpu;
+mod packer;
+mod steps;
 
 /// Positions in one block of attention, and in one f32 page.
 pub(crate) const BLOCK: usize = 64;
@@ -274,7 +276,7 @@ pub(crate) fn place(
 ) -> Result<Box<dyn Place>> {
     #[cfg(feature = "gpu")]
     if !device.is_cpu() {
-        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room, opened)?));
+        return Ok(Box::new(wgpu::GpuPlace::new(device, assignment.clone(), room, &threads.pool, opened)?));
     }
     let _ = (device, room, opened);
     Ok(Box::new(CpuPlace::new(assignment, threads)?))

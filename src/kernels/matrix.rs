@@ -49,7 +49,17 @@ pub(crate) enum Row<'a> {
     Bf16(&'a [bf16]),
 }
 
-impl Row<'_> {
+impl<'a> Row<'a> {
+    /// The elements as they are stored.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    pub(crate) fn bytes(self) -> &'a [u8] {
+        match self {
+            Self::F32(row) => bytemuck::cast_slice(row),
+            Self::F16(row) => bytemuck::cast_slice(row),
+            Self::Bf16(row) => bytemuck::cast_slice(row),
+        }
+    }
+
     pub(crate) fn as_ptr(self) -> *const u8 {
         match self {
             Self::F32(row) => row.as_ptr().cast(),

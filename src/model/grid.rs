@@ -71,7 +71,7 @@ impl Grid {
         let cache = config.cache_weights.then_some((params.path(), &stamp[..]));
         let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
         let count = |bytes: usize| progress(done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64, all);
-        let packing = packing(config, devices, cache, &count)?;
+        let packing = packing(config, cache, &count);
         let ranks = rank_infos(&params, &partition, &layouts, packing)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
         let (trace, stats) = (Arc::new(Trace::new(rows)), Arc::new(WorkStealingStats::new()));

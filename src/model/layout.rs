@@ -123,21 +123,13 @@ pub(super) fn rank_infos(
     Ok(infos)
 }
 
-/// How matrices are quantised on these devices, if `config` wants that.
-///
-/// # Errors
-/// A GPU among the devices: its kernels read weights as checkpoints store them.
+/// How matrices are quantised, if `config` wants that.
 pub(super) fn packing<'a>(
     config: &ParallelConfig,
-    devices: &[Device],
     cache: Option<(&'a Path, &'a str)>,
     progress: &'a (dyn Fn(usize) + Sync),
-) -> Result<Option<Packing<'a>>> {
-    let Some(format) = config.weights else { return Ok(None) };
-    match devices.iter().find(|device| !device.is_cpu()) {
-        Some(gpu) => Err(Error::QuantisedOnGpu { format: format.name(), device: gpu.label() }),
-        None => Ok(Some(Packing { format, cache, progress })),
-    }
+) -> Option<Packing<'a>> {
+    config.weights.map(|format| Packing { format, cache, progress })
 }
 
 /// Ranks of each stage where the device list is cut into equal groups, one a stage.
@@ -163,7 +155,7 @@ pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Dev
     let stages = config.stages.unwrap_or(1);
     let world = ranks_per_stage(devices.len(), stages)?;
     let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
-    let packing = packing(config, devices, None, &|_| {})?;
+    let packing = packing(config, None, &|_| {});
     let local: Vec<usize> = (0..world).collect();
     let layouts = lay_out(params, &partition, &local, devices, 1);
     let ranks = rank_infos(params, &partition, &layouts, packing)?;

@@ -4,12 +4,16 @@ use super::cache::{Cache, Caches};
 use super::dispatch::{Dispatch, Size};
 use super::gpu::Gpu;
 use super::moment::Moment;
-use super::room::{self, Bounds};
-use super::shaders::{Kernel, Pipelines, Shape, Tuning, Variant};
-use super::weights::GpuWeight;
+use super::room::{self, Bounds, Part};
+use super::shaders::{Finish, Kernel, Pipelines, Shape};
+use super::tuning::Tuning;
+use super::weights::{GpuWeight, Source};
+use crate::backend::packer::Packer;
+use crate::backend::steps::{Step, lower};
 use crate::backend::{Assignment, KvType, Room};
 use crate::error::Result;
-use crate::partition::{RankPartition, TensorParallelStrategy};
+use crate::kernels::pool::Pool;
+use crate::partition::RankPartition;
 use crate::plan::{Buf, Op, Rows, Weight};
 
 /// A binding of a uniform may start at a multiple of this in every implementation.
@@ -19,14 +23,14 @@ const SLOT: usize = 256;
 #[derive(Clone)]
 pub(super) struct Activation {
     pub buffer: wgpu::Buffer,
-    pub width: usize,
+    pub part: Part,
     pub rows: Rows,
 }
 
 impl Activation {
-    /// Elements from one row to the next; those beyond the width stay zero.
+    /// Elements from one row to the next; those that aren't its own stay zero.
     pub(super) fn stride(&self) -> usize {
-        room::stride(self.width)
+        self.part.stride()
     }
 }
 
@@ -35,7 +39,7 @@ struct Call {
     rows: Rows,
     size: Size,
     kernel: Kernel,
-    pipelines: [wgpu::ComputePipeline; 2],
+    pipelines: [Vec<wgpu::ComputePipeline>; 2],
     shape: Shape,
     buffers: Vec<wgpu::Buffer>,
 }
@@ -44,7 +48,7 @@ struct Call {
 pub(super) struct Lowered {
     pub dispatches: Vec<Dispatch>,
     pub caches: Caches,
-    /// Of each hosted rank: its logical weights, in their dtype.
+    /// Of each hosted rank: its logical weights, as they are held.
     pub weight_bytes: Vec<u64>,
 }
 
@@ -54,9 +58,14 @@ pub(super) struct Lowerer<'a> {
     bounds: Bounds,
     assignment: &'a Assignment<'a>,
     moment: &'a Moment,
+    tuning: Tuning,
     pipelines: Pipelines<'a>,
-    /// `[buf][rank]`, one rank where it is shared.
+    /// Packs matrices, on the threads of this pool.
+    packer: Option<Packer<'a>>,
+    pool: &'a Pool,
+    /// `[buf][rank]`, one rank where it is shared; empty until it is asked for, since steps don't use every buffer of the plan.
     activations: Vec<Vec<Activation>>,
+    room: Room,
     /// `[layer][rank]`.
     caches: Vec<Vec<Cache>>,
     calls: Vec<Call>,
@@ -72,18 +81,8 @@ impl<'a> Lowerer<'a> {
         room: Room,
         moment: &'a Moment,
         tuning: Tuning,
+        pool: &'a Pool,
     ) -> Result<Self> {
-        let copied = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
-        let mut activations = Vec::new();
-        for (i, spec) in assignment.plan.bufs.iter().enumerate() {
-            let rows = if spec.rows == Rows::All { room.rows } else { room.wanted };
-            let mut parts = Vec::new();
-            for width in room::widths(assignment, Buf(i)) {
-                let bytes = 4 * (rows * room::stride(width)).max(4) as u64;
-                parts.push(Activation { buffer: gpu.buffer(spec.name, bytes, copied)?, width, rows: spec.rows });
-            }
-            activations.push(parts);
-        }
         let mut caches = Vec::new();
         for _ in 0..assignment.plan.layers {
             let mut parts = Vec::new();
@@ -97,8 +96,12 @@ impl<'a> Lowerer<'a> {
             bounds,
             assignment,
             moment,
+            tuning,
             pipelines: Pipelines::new(&gpu.device, tuning, assignment.config.head_dim),
-            activations,
+            packer: assignment.packing.as_ref().map(|packing| Packer::new(assignment, packing, &gpu.owner.device)),
+            pool,
+            activations: vec![Vec::new(); assignment.plan.bufs.len()],
+            room,
             caches,
             calls: Vec::new(),
             weight_bytes: vec![0; assignment.ranks.len()],
@@ -106,156 +109,224 @@ impl<'a> Lowerer<'a> {
     }
 
     /// An activation's parts: one where it is shared, else one a rank.
-    pub(super) fn parts(&self, buf: Buf) -> &[Activation] {
-        &self.activations[buf.0]
-    }
-
-    /// Lowers one op for all ranks. The dispatches gather up until [`Self::finish`].
-    pub(super) fn op(&mut self, op: &Op) -> Result<()> {
-        match *op {
-            Op::RmsNorm { x, y, weight } => self.rms_norm(x, y, weight)?,
-            Op::Linear { x, y, weight, strategy } => self.linear(x, y, weight, strategy)?,
-            Op::Rope { x } => self.rope(x)?,
-            Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v)?,
-            Op::Attend { layer, q, y } => self.attend(layer, q, y)?,
-            Op::SwiGlu { gate, up, y } => self.elementwise(Kernel::SwiGlu, y, &[gate, up, y], None)?,
-            Op::Add { x, y } => self.elementwise(Kernel::Add, x, &[x, y], None)?,
-            Op::TakeRows { x, y } => self.elementwise(Kernel::TakeRows, y, &[x, y], Some(&self.moment.wanted))?,
+    pub(super) fn parts(&mut self, buf: Buf) -> Result<&[Activation]> {
+        let parts = &mut self.activations[buf.0];
+        if parts.is_empty() {
+            let spec = &self.assignment.plan.bufs[buf.0];
+            let rows = if spec.rows == Rows::All { self.room.rows } else { self.room.wanted };
+            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            for part in room::parts(self.assignment, buf) {
+                let bytes = 4 * (rows * part.stride()).max(4) as u64;
+                parts.push(Activation { buffer: self.gpu.buffer(spec.name, bytes, usage)?, part, rows: spec.rows });
+            }
         }
-        Ok(())
+        Ok(parts)
     }
 
-    fn rms_norm(&mut self, x: Buf, y: Buf, weight: Weight) -> Result<()> {
+    /// Lowers the ops of a segment for all ranks. The dispatches gather up until [`Self::finish`].
+    pub(super) fn segment(&mut self, ops: &[Op]) -> Result<()> {
+        lower(ops).iter().try_for_each(|step| self.step(step))
+    }
+
+    fn step(&mut self, step: &Step) -> Result<()> {
+        match *step {
+            Step::Norm { add, x, y, weight } => self.norm(add, x, y, weight),
+            Step::Linear { x, ref to, sum } => to.iter().try_for_each(|&(weight, y)| self.linear(x, y, weight, sum)),
+            Step::Qkv { x, weights, q, layer, .. } => self.qkv(x, weights, q, layer),
+            Step::GatedLinear { x, gate, up, y, .. } => self.gated_linear(x, [gate, up], y),
+            Step::Op(Op::Attend { layer, q, y }) => self.attend(layer, q, y),
+            Step::Op(Op::Add { x, y }) => self.elementwise(Kernel::Add, x, &[x, y], None),
+            Step::Op(Op::TakeRows { x, y }) => self.elementwise(Kernel::TakeRows, y, &[x, y], Some(&self.moment.wanted)),
+            Step::Op(op) => Err(self.gpu.owner.error(format!("no kernel computes {op:?} on its own"))),
+        }
+    }
+
+    fn norm(&mut self, add: Option<Buf>, x: Buf, y: Buf, weight: Weight) -> Result<()> {
         // Every rank has the same rows and the same weight: one of each serves all, and counts for each.
-        let weight = self.upload(weight, 0)?;
-        for bytes in &mut self.weight_bytes[1..] {
-            *bytes += weight.dtype.bytes(weight.cols) as u64;
-        }
-        let (x, y) = (self.part(x, 0), self.part(y, 0));
-        let shape = Shape { width: x.width as u32, eps: self.assignment.config.rms_norm_eps, ..Shape::of(&x) };
-        let variant = Variant { kernel: Kernel::RmsNorm, weight: Some(weight.dtype), kv: None };
-        let buffers = vec![weight.blocks[0].buffer.clone(), x.buffer, y.buffer];
-        self.call(x.rows, Size::Groups(1), [variant; 2], shape, buffers)
+        let matrix = self.assignment.weight(weight, self.assignment.ranks[0])?;
+        self.weight_bytes.iter_mut().for_each(|bytes| *bytes += matrix.bytes() as u64);
+        let (x, y) = (self.part(x, 0)?, self.part(y, 0)?);
+        let mut values = vec![0.0; x.stride()];
+        matrix.row_to_f32(0, &mut values[..matrix.cols()]);
+        let (name, size) = (&self.assignment.plan.weights[weight.0].name, size_of_val(&values[..]) as u64);
+        let buffer = self.gpu.buffer(name, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
+        self.gpu.scoped(name, size, || self.gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&values)))?;
+        let shape = Shape { eps: self.assignment.config.rms_norm_eps, accumulate: u32::from(add.is_some()), ..Shape::of(&x) };
+        let added = add.map_or_else(|| Ok(buffer.clone()), |add| self.part(add, 0).map(|added| added.buffer))?;
+        self.call(x.rows, Size::Groups(1), |_| vec![Kernel::RmsNorm], shape, vec![buffer, x.buffer, y.buffer, added])
     }
 
-    fn linear(&mut self, x: Buf, y: Buf, weight: Weight, strategy: TensorParallelStrategy) -> Result<()> {
-        let row_parallel = strategy == TensorParallelStrategy::RowParallel;
-        // A shared result is the sum over the ranks, or the same on each.
-        let ranks = if row_parallel { self.assignment.ranks.len() } else { self.parts(y).len() };
-        for rank in 0..ranks {
-            let weight = self.upload(weight, rank)?;
-            let accumulate = row_parallel && rank > 0;
+    /// `sum`: y is the sum over the ranks.
+    fn linear(&mut self, x: Buf, y: Buf, weight: Weight, sum: bool) -> Result<()> {
+        for rank in 0..self.assignment.ranks.len() {
+            let name = self.assignment.plan.weights[weight.0].name.clone();
+            let source = self.source(weight, rank)?;
+            let accumulate = sum && rank > 0;
             // A rank that owns nothing of the input adds nothing; the first one still writes the zeros that others add to.
-            if accumulate && weight.cols == 0 {
+            if accumulate && source.cols() == 0 {
                 continue;
             }
-            let (x, y) = (self.part(x, rank), self.part(y, rank));
-            for block in &weight.blocks {
-                let shape = Shape {
-                    stride: y.stride() as u32,
-                    out: block.rows as u32,
-                    first_out: block.first as u32,
-                    accumulate: u32::from(accumulate),
-                    ..Shape::of(&x)
-                };
-                let variant = |kernel| Variant { kernel, weight: Some(weight.dtype), kv: None };
-                let variants = [variant(Kernel::Linear), variant(Kernel::LinearTile)];
-                let buffers = vec![block.buffer.clone(), x.buffer.clone(), y.buffer.clone()];
-                self.call(x.rows, Size::Linear(block.rows), variants, shape, buffers)?;
-            }
+            let (x, y) = (self.part(x, rank)?, self.part(y, rank)?);
+            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &[source], |row| (0, row))?;
+            let shape = Shape { stride: y.stride() as u32, accumulate: u32::from(accumulate), ..Shape::of(&x) };
+            self.products(&x, &weight, |_| Finish::Store, 1, y.part.lead, shape, &[&y.buffer])?;
         }
         Ok(())
     }
 
-    fn rope(&mut self, x: Buf) -> Result<()> {
-        for x in self.parts(x).to_vec() {
-            let shape = Shape { heads: (x.width / self.assignment.config.head_dim) as u32, ..self.heads(&x) };
-            let buffers = vec![x.buffer.clone(), self.moment.angles.clone()];
-            let variant = Variant { kernel: Kernel::Rope, weight: None, kv: None };
-            self.call(x.rows, Size::Elements(x.width / 2), [variant; 2], shape, buffers)?;
-        }
-        Ok(())
-    }
-
-    fn store_kv(&mut self, layer: usize, k: Buf, v: Buf) -> Result<()> {
+    fn gated_linear(&mut self, x: Buf, weights: [Weight; 2], y: Buf) -> Result<()> {
         for rank in 0..self.assignment.ranks.len() {
-            let (k, v, cache) = (self.part(k, rank), self.part(v, rank), &self.caches[layer][rank]);
-            let shape = Shape { kv_heads: self.rank(rank).kv_heads.len() as u32, ..self.heads(&k) };
-            let Moment { positions, tables, .. } = self.moment;
-            let buffers = [&k.buffer, &v.buffer, &cache.keys, &cache.values, positions, tables].map(wgpu::Buffer::clone);
-            self.call(k.rows, Size::Elements(k.width / 2), by_kv(Kernel::StoreKv), shape, buffers.into())?;
+            let name = format!("{} and up", self.assignment.plan.weights[weights[0].0].name);
+            let sources = [self.source(weights[0], rank)?, self.source(weights[1], rank)?];
+            let (x, y) = (self.part(x, rank)?, self.part(y, rank)?);
+            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &sources, |row| (row % 2, row / 2))?;
+            let shape = Shape { stride: y.stride() as u32, ..Shape::of(&x) };
+            self.products(&x, &weight, |_| Finish::SwiGlu, 2, y.part.lead, shape, &[&y.buffer])?;
+        }
+        Ok(())
+    }
+
+    fn qkv(&mut self, x: Buf, weights: [Weight; 3], q: Buf, layer: usize) -> Result<()> {
+        let head_dim = self.assignment.config.head_dim;
+        for rank in 0..self.assignment.ranks.len() {
+            let name = format!("{}, k and v", self.assignment.plan.weights[weights[0].0].name);
+            let sources = [self.source(weights[0], rank)?, self.source(weights[1], rank)?, self.source(weights[2], rank)?];
+            let (x, q) = (self.part(x, rank)?, self.part(q, rank)?);
+            let RankPartition { heads, kv_heads, .. } = self.rank(rank);
+            let [queries, keys] = [heads.len() * head_dim, kv_heads.len() * head_dim];
+            // The elements that are rotated together are neighbours.
+            let paired = |row: usize| row / head_dim * head_dim + row % head_dim / 2 + row % 2 * (head_dim / 2);
+            let order = |row: usize| match row.checked_sub(queries) {
+                None => (0, paired(row)),
+                Some(row) if row < keys => (1, paired(row)),
+                Some(row) => (2, row - keys),
+            };
+            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &sources, order)?;
+            let shape = Shape { stride: q.stride() as u32, ..self.heads(rank, &x) };
+            let Moment { positions, tables, angles, .. } = self.moment;
+            let cache = &self.caches[layer][rank];
+            let buffers = [&q.buffer, &cache.keys, &cache.values, positions, tables, angles].map(wgpu::Buffer::clone);
+            self.products(&x, &weight, Finish::Qkv, 1, 0, shape, &buffers.each_ref())?;
+        }
+        Ok(())
+    }
+
+    /// A linear layer, block by block of its weight. `merged`: rows of the weight that become one output, of which the first is number
+    /// `first`; `buffers`: what it writes and what its end reads.
+    #[expect(clippy::too_many_arguments)] // the three kinds of linear layer differ in all of them
+    fn products(
+        &mut self,
+        x: &Activation,
+        weight: &GpuWeight,
+        finish: impl Fn(KvType) -> Finish,
+        merged: usize,
+        first: usize,
+        shape: Shape,
+        buffers: &[&wgpu::Buffer],
+    ) -> Result<()> {
+        if weight.lead != x.part.lead {
+            let problem = format!("a weight begins {} columns inside a block, and its input {}", weight.lead, x.part.lead);
+            return Err(self.gpu.owner.error(problem));
+        }
+        let variants = self.tuning.linear;
+        for block in &weight.blocks {
+            let shape = Shape {
+                blocks: weight.blocks_of_columns as u32,
+                out: block.rows as u32,
+                first_out: (first + block.first / merged) as u32,
+                ..shape
+            };
+            let kernels = |kv| {
+                let (format, finish) = (weight.format, finish(kv));
+                let few = [variants.one, variants.few].map(|few| Kernel::Linear(format, finish, few));
+                few.into_iter().chain(variants.many.map(|(_, tile)| Kernel::LinearTile(format, finish, tile))).collect()
+            };
+            let buffers = [&block.buffer, &x.buffer].into_iter().chain(buffers.iter().copied()).cloned().collect();
+            self.call(x.rows, Size::Linear(block.rows, variants), kernels, shape, buffers)?;
         }
         Ok(())
     }
 
     fn attend(&mut self, layer: usize, q: Buf, y: Buf) -> Result<()> {
-        let config = self.assignment.config;
         for rank in 0..self.assignment.ranks.len() {
-            let (q, y, cache) = (self.part(q, rank), self.part(y, rank), &self.caches[layer][rank]);
-            let RankPartition { heads, kv_heads, .. } = self.rank(rank);
-            let shape = Shape {
-                heads: heads.len() as u32,
-                kv_heads: kv_heads.len() as u32,
-                first_head: heads.start as u32,
-                first_kv_head: kv_heads.start as u32,
-                group: (config.n_heads / config.n_kv_heads) as u32,
-                window: config.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(u32::MAX)),
-                scale: 1.0 / (config.head_dim as f32).sqrt(),
-                ..self.heads(&q)
-            };
-            let groups = heads.len();
+            let (q, y) = (self.part(q, rank)?, self.part(y, rank)?);
+            let cache = &self.caches[layer][rank];
+            let shape = Shape { stride: y.stride() as u32, lead: y.part.lead as u32, ..self.heads(rank, &q) };
+            let groups = self.rank(rank).heads.len();
             let Moment { positions, tables, .. } = self.moment;
             let buffers = [&q.buffer, &y.buffer, &cache.keys, &cache.values, positions, tables].map(wgpu::Buffer::clone);
-            self.call(q.rows, Size::Groups(groups), by_kv(Kernel::Attend), shape, buffers.into())?;
+            self.call(q.rows, Size::Groups(groups), |kv| vec![Kernel::Attend(kv)], shape, buffers.into())?;
         }
         Ok(())
     }
 
     /// An op that treats every vector of 4 alike. `y` says how many there are.
     fn elementwise(&mut self, kernel: Kernel, y: Buf, bufs: &[Buf], moment: Option<&wgpu::Buffer>) -> Result<()> {
-        for rank in 0..self.parts(y).len() {
-            let y = self.part(y, rank);
+        for rank in 0..self.parts(y)?.len() {
+            let y = self.part(y, rank)?;
             let shape = Shape::of(&y);
-            let mut buffers: Vec<_> = bufs.iter().map(|&buf| self.part(buf, rank).buffer).collect();
+            let mut buffers = bufs.iter().map(|&buf| self.part(buf, rank).map(|part| part.buffer)).collect::<Result<Vec<_>>>()?;
             buffers.extend(moment.cloned());
-            let variant = Variant { kernel, weight: None, kv: None };
-            self.call(y.rows, Size::Elements(shape.width4 as usize), [variant; 2], shape, buffers)?;
+            self.call(y.rows, Size::Elements(shape.width4 as usize), |_| vec![kernel], shape, buffers)?;
         }
         Ok(())
     }
 
-    /// Puts a rank's slice of a weight on the device.
-    fn upload(&mut self, weight: Weight, rank: usize) -> Result<GpuWeight> {
-        let matrix = self.assignment.weight(weight, self.assignment.ranks[rank])?;
-        self.weight_bytes[rank] += matrix.bytes() as u64;
-        GpuWeight::upload(self.gpu, self.bounds, &self.assignment.plan.weights[weight.0].name, &matrix)
+    /// A rank's slice of a matrix.
+    fn source(&mut self, weight: Weight, rank: usize) -> Result<Source> {
+        let of = self.assignment.ranks[rank];
+        let source = match &mut self.packer {
+            Some(packer) => Source::Packed(self.pool.enter(|| packer.pack(weight, of))?),
+            None => Source::Stored(self.assignment.weight(weight, of)?),
+        };
+        self.weight_bytes[rank] += source.bytes() as u64;
+        Ok(source)
     }
 
     /// Hosted rank `rank`'s part of an activation.
-    fn part(&self, buf: Buf, rank: usize) -> Activation {
-        let parts = self.parts(buf);
-        parts[rank.min(parts.len() - 1)].clone()
+    fn part(&mut self, buf: Buf, rank: usize) -> Result<Activation> {
+        let parts = self.parts(buf)?;
+        Ok(parts[rank.min(parts.len() - 1)].clone())
     }
 
     fn rank(&self, rank: usize) -> &'a RankPartition {
         &self.assignment.partition.ranks[self.assignment.ranks[rank]]
     }
 
-    /// The shape of an activation of heads.
-    fn heads(&self, x: &Activation) -> Shape {
-        let half_head = (self.assignment.config.head_dim / 2) as u32;
-        Shape { half_head, stride: x.stride() as u32, ..Shape::of(x) }
+    /// The shape of what reads `x` and deals with a rank's heads.
+    fn heads(&self, rank: usize, x: &Activation) -> Shape {
+        let config = self.assignment.config;
+        let RankPartition { heads, kv_heads, .. } = self.rank(rank);
+        Shape {
+            heads: heads.len() as u32,
+            half_head: (config.head_dim / 2) as u32,
+            kv_heads: kv_heads.len() as u32,
+            first_head: heads.start as u32,
+            first_kv_head: kv_heads.start as u32,
+            group: (config.n_heads / config.n_kv_heads) as u32,
+            window: config.sliding_window.map_or(0, |w| u32::try_from(w).unwrap_or(u32::MAX)),
+            scale: 1.0 / (config.head_dim as f32).sqrt(),
+            ..Shape::of(x)
+        }
     }
 
-    /// Adds a dispatch, unless there is nothing to compute.
-    fn call(&mut self, rows: Rows, size: Size, variants: [Variant; 2], shape: Shape, buffers: Vec<wgpu::Buffer>) -> Result<()> {
-        let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n)) = size;
+    /// Adds a dispatch, unless there is nothing to compute. `kernels`: for either type of keys and values, see [`Dispatch::pipelines`].
+    fn call(
+        &mut self,
+        rows: Rows,
+        size: Size,
+        kernels: impl Fn(KvType) -> Vec<Kernel>,
+        shape: Shape,
+        buffers: Vec<wgpu::Buffer>,
+    ) -> Result<()> {
+        let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n, _)) = size;
         if n == 0 {
             return Ok(());
         }
-        let pipelines = &mut self.pipelines;
-        let made = self.gpu.scoped("pipelines", 0, || variants.map(|variant| pipelines.get(variant)))?;
-        self.calls.push(Call { rows, size, kernel: variants[0].kernel, pipelines: made, shape, buffers });
+        let kernels = [KvType::F32, KvType::F16].map(kernels);
+        let (kernel, pipelines) = (kernels[0][0], &mut self.pipelines);
+        let made = self.gpu.scoped("pipelines", 0, || kernels.map(|kernels| kernels.into_iter().map(|k| pipelines.get(k)).collect()))?;
+        self.calls.push(Call { rows, size, kernel, pipelines: made, shape, buffers });
         Ok(())
     }
 
@@ -292,14 +363,12 @@ impl<'a> Lowerer<'a> {
             let Call { rows, size, pipelines, .. } = call;
             dispatches.push(Dispatch { rows, size, pipelines, bind });
         }
+        if let Some(packer) = self.packer {
+            packer.keep();
+        }
         let caches = Caches::new(gpu, self.caches.into_iter().flatten().collect())?;
         Ok(Lowered { dispatches, caches, weight_bytes: self.weight_bytes })
     }
-}
-
-/// A kernel for either type of keys and values.
-fn by_kv(kernel: Kernel) -> [Variant; 2] {
-    [KvType::F32, KvType::F16].map(|kv| Variant { kernel, weight: None, kv: Some(kv) })
 }
 
 impl Shape {
@@ -309,6 +378,6 @@ impl Shape {
             Rows::All => 0,
             Rows::Wanted => 1,
         };
-        Self { rows_of, width4: (x.stride() / 4) as u32, ..Self::default() }
+        Self { rows_of, width: x.part.width as u32, width4: (x.stride() / 4) as u32, ..Self::default() }
     }
 }

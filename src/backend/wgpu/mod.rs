@@ -11,6 +11,7 @@ mod opened;
 mod place;
 mod room;
 mod shaders;
+mod tuning;
 mod weights;
 
 pub(crate) use handover::Handover;

@@ -13,10 +13,11 @@ use super::lower::{Activation, Lowered, Lowerer};
 use super::moment::Moment;
 use super::opened::Opened;
 use super::room::{self, Bounds};
-use super::shaders::Tuning;
+use super::tuning::Tuning;
 use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::pool::Pool;
 use crate::plan::{Exchange, SegmentId};
 
 /// A segment of the plan, lowered.
@@ -69,7 +70,6 @@ pub(crate) struct GpuPlace {
     caches: Caches,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
-    tiled: usize,
     /// What a segment reads, on its way to the host.
     staging: wgpu::Buffer,
     /// And on its way to the next stage.
@@ -94,14 +94,15 @@ impl GpuPlace {
         room::fit(Bounds::of(device, adapter), assignment, &owner, want)
     }
 
-    /// Opens the device if need be, uploads the ranks' weights, and makes everything that launches need.
+    /// Opens the device if need be, uploads the ranks' weights, quantised on the threads of `pool` where that is wanted, and makes
+    /// everything that launches need.
     ///
     /// # Errors
     /// If the device can't be opened, is lost, runs out of memory, or can't take `room`.
-    pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room, opened: &mut Opened) -> Result<Self> {
+    pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room, pool: &Pool, opened: &mut Opened) -> Result<Self> {
         let tuning = device.adapter().map(Tuning::of);
         let tuning = tuning.ok_or_else(|| owner(device, &assignment).error("is no adapter"))?;
-        Self::with_tuning(device, assignment, room, tuning, opened)
+        Self::with_tuning(device, assignment, room, tuning, pool, opened)
     }
 
     pub(super) fn with_tuning(
@@ -109,6 +110,7 @@ impl GpuPlace {
         assignment: Assignment<'_>,
         room: Room,
         tuning: Tuning,
+        pool: &Pool,
         opened: &mut Opened,
     ) -> Result<Self> {
         let owner = owner(device, &assignment);
@@ -121,18 +123,16 @@ impl GpuPlace {
 
         let gpu = opened.open(device, adapter, bounds.binding, owner)?;
         let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
-        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning)?;
+        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning, pool)?;
         let mut segments = Vec::new();
         for segment in &assignment.plan.segments {
             let start = lowerer.len();
-            for op in &assignment.plan.ops[segment.ops.clone()] {
-                lowerer.op(op)?;
-            }
+            lowerer.segment(&assignment.plan.ops[segment.ops.clone()])?;
             segments.push(Segment {
                 ops: (segment.ops.len() * assignment.ranks.len()) as u64,
                 dispatches: start..lowerer.len(),
-                write: segment.write.map(|buf| lowerer.parts(buf)[0].clone()),
-                read: segment.read.map_or(Vec::new(), |buf| lowerer.parts(buf).to_vec()),
+                write: segment.write.map(|buf| lowerer.parts(buf).map(|parts| parts[0].clone())).transpose()?,
+                read: segment.read.map_or(Ok(Vec::new()), |buf| lowerer.parts(buf).map(<[_]>::to_vec))?,
                 stays: assignment.stays && segment.exchange == Exchange::Pass,
             });
         }
@@ -154,7 +154,6 @@ impl GpuPlace {
             dispatches,
             caches,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
-            tiled: tuning.tiled,
             staging,
             handovers,
             flight: None,
@@ -173,15 +172,15 @@ impl GpuPlace {
 
     /// Writes `[rows, width]` to an activation, whose rows are padded.
     fn write(&mut self, to: &Activation, rows: usize, input: &[f32]) -> Result<()> {
-        if input.len() != rows * to.width {
-            let problem = format!("an input of {} values was given for {rows} rows of {}", input.len(), to.width);
+        if input.len() != rows * to.part.width {
+            let problem = format!("an input of {} values was given for {rows} rows of {}", input.len(), to.part.width);
             return Err(self.gpu.owner.error(problem));
         }
-        if to.stride() == to.width {
+        if to.stride() == to.part.width {
             self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(input));
-        } else if to.width > 0 {
+        } else if to.part.width > 0 {
             let mut padded = vec![0.0; rows * to.stride()];
-            for (to, from) in padded.chunks_exact_mut(to.stride()).zip(input.chunks_exact(to.width)) {
+            for (to, from) in padded.chunks_exact_mut(to.stride()).zip(input.chunks_exact(to.part.width)) {
                 to[..from.len()].copy_from_slice(from);
             }
             self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(&padded));
@@ -197,7 +196,7 @@ impl GpuPlace {
         }
         let bytes = 4 * (rows * to.stride()) as u64;
         if input.bytes != bytes {
-            let problem = format!("{} bytes were passed to it for {rows} rows of {}, which take {bytes}", input.bytes, to.width);
+            let problem = format!("{} bytes were passed to it for {rows} rows of {}, which take {bytes}", input.bytes, to.part.width);
             return Err(self.gpu.owner.error(problem));
         }
         encoder.copy_buffer_to_buffer(&input.buffer, 0, &to.buffer, 0, bytes);
@@ -243,7 +242,7 @@ impl Place for GpuPlace {
         }
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
-            if dispatch.encode(&mut pass, batch, self.dimension, self.tiled) {
+            if dispatch.encode(&mut pass, batch, self.dimension) {
                 self.counts.dispatches += 1;
             }
         }
@@ -297,7 +296,7 @@ impl Place for GpuPlace {
                 let rows;
                 (rows, values) = values.split_at(flight.rows * part.stride());
                 for row in rows.chunks_exact(part.stride().max(1)) {
-                    self.output.extend_from_slice(&row[..part.width]);
+                    self.output.extend_from_slice(&row[part.part.lead..][..part.part.width]);
                 }
             }
             drop(view);

@@ -32,9 +32,19 @@ impl Bounds {
     }
 }
 
-/// Elements from one row of an activation to the next: kernels read rows in vectors of 4.
-pub(super) fn stride(width: usize) -> usize {
-    width.next_multiple_of(4)
+/// One rank's part of a row of an activation, or all ranks'.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Part {
+    /// Zeros in front: quantised weights whose columns begin inside a block have those of its start too.
+    pub lead: usize,
+    pub width: usize,
+}
+
+impl Part {
+    /// Elements from one row to the next: kernels read rows in blocks of 32.
+    pub(super) fn stride(self) -> usize {
+        (self.lead + self.width).next_multiple_of(super::weights::BLOCK)
+    }
 }
 
 /// Bytes of a page of one rank: the keys, or as many values, of one layer.
@@ -42,11 +52,21 @@ pub(super) fn page_bytes(assignment: &Assignment<'_>, rank: usize) -> u64 {
     (BLOCK * 4 * assignment.partition.ranks[rank].width(Dim::KvHeads, assignment.config)) as u64
 }
 
-/// The widths of an activation: one where it is shared, else one a hosted rank.
-pub(super) fn widths(assignment: &Assignment<'_>, buf: Buf) -> Vec<usize> {
+/// The parts of an activation: one where it is shared, else one a hosted rank.
+pub(super) fn parts(assignment: &Assignment<'_>, buf: Buf) -> Vec<Part> {
     let dim = assignment.plan.bufs[buf.0].dim;
     let ranks = if dim == Dim::Hidden { &assignment.ranks[..1] } else { &assignment.ranks[..] };
-    ranks.iter().map(|&rank| assignment.partition.ranks[rank].width(dim, assignment.config)).collect()
+    let part = |&rank: &usize| {
+        let partition = &assignment.partition.ranks[rank];
+        // Whatever multiplies it has its columns cut where this is cut.
+        let lead = if assignment.packing.is_some() && dim != Dim::Hidden {
+            partition.range(dim, assignment.config).start % super::weights::BLOCK
+        } else {
+            0
+        };
+        Part { lead, width: partition.width(dim, assignment.config) }
+    };
+    ranks.iter().map(part).collect()
 }
 
 /// What of `want` fits.
@@ -62,12 +82,12 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
     // The rotary angles of a row are an activation of one head's width.
     let widest = |rows| {
         let bufs = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].rows == rows);
-        bufs.flat_map(|i| widths(assignment, Buf(i))).map(stride).max().unwrap_or(4).max(stride(head_dim)) as u64
+        bufs.flat_map(|i| parts(assignment, Buf(i))).map(Part::stride).max().unwrap_or(4).max(head_dim) as u64
     };
     // What a segment reads of all ranks is copied to one buffer.
     let read = |rows| {
         let reads = assignment.plan.segments.iter().filter_map(|s| s.read).filter(|b| assignment.plan.bufs[b.0].rows == rows);
-        reads.map(|b| widths(assignment, b).into_iter().map(stride).sum::<usize>()).max().unwrap_or(0).max(1) as u64
+        reads.map(|b| parts(assignment, b).into_iter().map(Part::stride).sum::<usize>()).max().unwrap_or(0).max(1) as u64
     };
     let rows = |of: Rows| (bounds.binding / 4 / widest(of)).min(bounds.buffer / 4 / read(of));
     let pages = || {

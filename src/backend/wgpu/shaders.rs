@@ -1,30 +1,38 @@
 //! The kernels: which WGSL files make a module, what they bind, and the pipelines of one device.
 //!
 //! Module-scope order is free in WGSL, so concatenation is the linker: a module is the prelude, the kernel, and the fragments
-//! that it calls (`weight4`, `group_sum`, `kv_pair`).
+//! that it calls (`block4`, `finish`, `group_sum`, `kv_pair`).
+
+mod unroll;
 
 use std::collections::HashMap;
 
-use super::adapters::Adapter;
+use super::tuning::{Few, Reduce, Tile, Tuning};
+use super::weights::Format;
 use crate::backend::KvType;
-use crate::kernels::matrix::DType;
+use unroll::unroll;
 
-/// A kernel: a WGSL file, named like its twin on the CPU.
+/// A kernel: a WGSL file, named like its twin on the CPU, with what it is linked with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Kernel {
     RmsNorm,
-    Linear,
-    LinearTile,
-    Rope,
-    StoreKv,
-    Attend,
-    SwiGlu,
+    Linear(Format, Finish, Few),
+    LinearTile(Format, Finish, Tile),
+    Attend(KvType),
     Add,
     TakeRows,
 }
 
+/// What becomes of the outputs of a linear layer: a file of `shaders/finish/`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Finish {
+    Store,
+    SwiGlu,
+    Qkv(KvType),
+}
+
 /// How a kernel uses one of its storage buffers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Access {
     Read,
     Write,
@@ -32,59 +40,64 @@ pub(super) enum Access {
 
 use Access::{Read, Write};
 
-/// How a workgroup reduces.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) enum Reduce {
-    /// Through workgroup memory; every adapter can.
-    Workgroup,
-    /// By subgroup operations, which need [`wgpu::Features::SUBGROUP`].
-    Subgroup,
-}
-
 impl Kernel {
-    #[cfg(test)]
-    pub(super) const ALL: [Self; 9] =
-        [Self::RmsNorm, Self::Linear, Self::LinearTile, Self::Rope, Self::StoreKv, Self::Attend, Self::SwiGlu, Self::Add, Self::TakeRows];
-
     fn source(self) -> &'static str {
         match self {
             Self::RmsNorm => include_str!("../../../shaders/rms_norm.wgsl"),
-            Self::Linear => include_str!("../../../shaders/linear.wgsl"),
-            Self::LinearTile => include_str!("../../../shaders/linear_tile.wgsl"),
-            Self::Rope => include_str!("../../../shaders/rope.wgsl"),
-            Self::StoreKv => include_str!("../../../shaders/store_kv.wgsl"),
-            Self::Attend => include_str!("../../../shaders/attend.wgsl"),
-            Self::SwiGlu => include_str!("../../../shaders/swiglu.wgsl"),
+            Self::Linear(..) => include_str!("../../../shaders/linear.wgsl"),
+            Self::LinearTile(..) => include_str!("../../../shaders/linear_tile.wgsl"),
+            Self::Attend(_) => include_str!("../../../shaders/attend.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
             Self::TakeRows => include_str!("../../../shaders/take_rows.wgsl"),
         }
     }
 
-    /// Whether it calls `weight4`, so that it needs a weight at binding 2.
-    pub(super) fn has_weight(self) -> bool {
-        matches!(self, Self::RmsNorm | Self::Linear | Self::LinearTile)
+    /// Of a linear layer: how its weight is held, and what becomes of its outputs.
+    fn linear(self) -> Option<(Format, Finish)> {
+        match self {
+            Self::Linear(format, finish, _) | Self::LinearTile(format, finish, _) => Some((format, finish)),
+            _ => None,
+        }
     }
 
     /// Whether it calls `group_sum` or `group_max`.
     pub(super) fn reduces(self) -> bool {
-        matches!(self, Self::RmsNorm | Self::Linear | Self::Attend)
+        matches!(self, Self::RmsNorm | Self::Attend(_))
     }
 
-    /// Whether it touches the pages of keys and values.
-    pub(super) fn has_kv(self) -> bool {
-        matches!(self, Self::StoreKv | Self::Attend)
+    /// The type of the pages that it touches.
+    fn kv(self) -> Option<KvType> {
+        match self {
+            Self::Attend(kv) | Self::Linear(_, Finish::Qkv(kv), _) | Self::LinearTile(_, Finish::Qkv(kv), _) => Some(kv),
+            _ => None,
+        }
     }
 
     /// Its storage buffers, from binding 2; 0 and 1 are the uniforms of the prelude.
     pub(super) fn bindings(self) -> &'static [Access] {
         match self {
-            Self::RmsNorm | Self::Linear | Self::LinearTile => &[Read, Read, Write],
-            Self::Rope => &[Write, Read],
-            Self::StoreKv => &[Read, Read, Write, Write, Read, Read],
-            Self::Attend => &[Read, Write, Read, Read, Read, Read],
-            Self::SwiGlu => &[Read, Read, Write],
+            Self::RmsNorm => &[Read, Write, Write, Read],
+            Self::Linear(_, finish, _) | Self::LinearTile(_, finish, _) => match finish {
+                Finish::Store | Finish::SwiGlu => &[Read, Read, Write],
+                Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
+            },
+            Self::Attend(_) => &[Read, Write, Read, Read, Read, Read],
             Self::Add => &[Write, Read],
             Self::TakeRows => &[Read, Write, Read],
+        }
+    }
+}
+
+impl Format {
+    fn source(self, tuning: Tuning) -> &'static str {
+        match self {
+            Self::F32 => include_str!("../../../shaders/weights/f32.wgsl"),
+            Self::F16 => include_str!("../../../shaders/weights/f16.wgsl"),
+            Self::Bf16 => include_str!("../../../shaders/weights/bf16.wgsl"),
+            Self::Q8_0 => include_str!("../../../shaders/weights/q8_0.wgsl"),
+            Self::Q4_0 => include_str!("../../../shaders/weights/q4_0.wgsl"),
+            Self::Iq4Nl if tuning.computed_levels => include_str!("../../../shaders/weights/iq4_nl_computed.wgsl"),
+            Self::Iq4Nl => include_str!("../../../shaders/weights/iq4_nl.wgsl"),
         }
     }
 }
@@ -97,6 +110,7 @@ pub(super) struct Shape {
     pub width: u32,
     pub width4: u32,
     pub stride: u32,
+    pub blocks: u32,
     pub out: u32,
     pub first_out: u32,
     pub accumulate: u32,
@@ -107,76 +121,60 @@ pub(super) struct Shape {
     pub first_kv_head: u32,
     pub group: u32,
     pub window: u32,
+    pub lead: u32,
     pub eps: f32,
     pub scale: f32,
-}
-
-/// What picks one of a kernel's pipelines.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct Variant {
-    pub kernel: Kernel,
-    /// Of the weight, for kernels that have one.
-    pub weight: Option<DType>,
-    /// For kernels that touch the cache.
-    pub kv: Option<KvType>,
+    pub unused0: u32,
+    pub unused1: u32,
 }
 
 /// The WGSL of a module.
-pub(super) fn source(kernel: Kernel, weight: Option<DType>, reduce: Reduce) -> String {
+pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     let mut parts = vec![include_str!("../../../shaders/prelude.wgsl"), kernel.source()];
-    match weight.filter(|_| kernel.has_weight()) {
-        Some(DType::F32) => parts.push(include_str!("../../../shaders/weights/f32.wgsl")),
-        Some(DType::F16) => parts.push(include_str!("../../../shaders/weights/f16.wgsl")),
-        Some(DType::Bf16) => parts.push(include_str!("../../../shaders/weights/bf16.wgsl")),
-        None => {}
+    if let Some((format, finish)) = kernel.linear() {
+        parts.extend([include_str!("../../../shaders/weights/blocks.wgsl"), format.source(tuning)]);
+        parts.push(match finish {
+            Finish::Store => include_str!("../../../shaders/finish/store.wgsl"),
+            Finish::SwiGlu => include_str!("../../../shaders/finish/swiglu.wgsl"),
+            Finish::Qkv(_) => include_str!("../../../shaders/finish/qkv.wgsl"),
+        });
     }
     if kernel.reduces() {
-        parts.push(match reduce {
+        parts.push(match tuning.reduce {
             Reduce::Workgroup => include_str!("../../../shaders/reduce/workgroup.wgsl"),
             Reduce::Subgroup => include_str!("../../../shaders/reduce/subgroup.wgsl"),
         });
     }
-    if kernel.has_kv() {
+    if kernel.kv().is_some() {
         parts.push(include_str!("../../../shaders/kv.wgsl"));
     }
-    parts.join("\n")
+    let constants = match kernel {
+        Kernel::Linear(.., Few { tiles, rows, slices }) => vec![("TILES", tiles), ("ROWS", rows), ("SLICES", slices)],
+        Kernel::LinearTile(.., Tile { down, across }) => vec![("M", down), ("N", across), ("HALF_N", across / 2)],
+        _ => vec![],
+    };
+    let written = constants.iter().map(|(name, value)| format!("const {name}: u32 = {value}u;\n")).collect::<String>();
+    // Slices are many, and no array has one for each.
+    let columns = if tuning.unrolled { Some(("VECTORS", 8)) } else { None };
+    let lengths: Vec<_> = constants.into_iter().filter(|(name, _)| *name != "SLICES").chain(columns).collect();
+    written + &unroll(&parts.join("\n"), &lengths)
 }
 
-/// Invocations in a workgroup of the kernels that compute an element or a pair each.
+/// Invocations in a workgroup of the kernels that compute an element each.
 pub(super) const ELEMENTS: u32 = 64;
 
-/// What is chosen for an adapter.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Tuning {
-    pub reduce: Reduce,
-    /// Invocations that share a reduction; a power of two, at least 4.
-    pub lanes: u32,
-    /// From this many rows on a linear layer is computed in tiles.
-    pub tiled: usize,
-}
-
-impl Tuning {
-    pub(super) fn of(adapter: &Adapter) -> Self {
-        // Software adapters run a workgroup on one core: a lane beyond its vector's width only adds barriers. Measured on three
-        // of them, 8 lanes took a quarter to half of the time of 64, and tiles paid from about 30 rows on.
-        if adapter.is_software() {
-            return Self { reduce: Reduce::Workgroup, lanes: 8, tiled: 32 };
-        }
-        let subgroups = adapter.features.contains(wgpu::Features::SUBGROUP);
-        Self { reduce: if subgroups { Reduce::Subgroup } else { Reduce::Workgroup }, lanes: 64, tiled: 8 }
-    }
-}
-
 /// The values of the module's `override`s.
-pub(super) fn constants(variant: Variant, tuning: Tuning, head_dim: usize) -> Vec<(&'static str, f64)> {
-    let shared = matches!(variant.kernel, Kernel::RmsNorm | Kernel::Linear);
-    // Attention has a lane for each position of a block.
-    let mut all = vec![("WG", f64::from(if shared { tuning.lanes } else { ELEMENTS }))];
-    if let Some(kv) = variant.kv {
-        all.push(("KV_F16", f64::from(u8::from(kv == KvType::F16))));
+pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<(&'static str, f64)> {
+    let mut all = Vec::new();
+    match kernel {
+        Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
+        // Attention has a lane for each position of a block.
+        Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
+        Kernel::Add | Kernel::TakeRows => all.push(("WG", f64::from(ELEMENTS))),
+        Kernel::Linear(..) | Kernel::LinearTile(..) => {}
     }
-    if variant.kernel == Kernel::Attend {
-        all.push(("HALF_HEAD", (head_dim / 2) as f64));
+    if let Some(kv) = kernel.kv() {
+        all.push(("KV_F16", f64::from(u8::from(kv == KvType::F16))));
     }
     all
 }
@@ -186,8 +184,8 @@ pub(super) struct Pipelines<'a> {
     device: &'a wgpu::Device,
     tuning: Tuning,
     head_dim: usize,
-    layouts: HashMap<Kernel, wgpu::BindGroupLayout>,
-    made: HashMap<Variant, wgpu::ComputePipeline>,
+    layouts: HashMap<&'static [Access], wgpu::BindGroupLayout>,
+    made: HashMap<Kernel, wgpu::ComputePipeline>,
 }
 
 impl<'a> Pipelines<'a> {
@@ -195,10 +193,9 @@ impl<'a> Pipelines<'a> {
         Self { device, tuning, head_dim, layouts: HashMap::new(), made: HashMap::new() }
     }
 
-    /// The bind group layout of a kernel, which all its variants share. Both forms of a linear layer bind the same.
+    /// The bind group layout of a kernel, which all that bind alike share.
     pub(super) fn layout(&mut self, kernel: Kernel) -> &wgpu::BindGroupLayout {
-        let kernel = if kernel == Kernel::LinearTile { Kernel::Linear } else { kernel };
-        self.layouts.entry(kernel).or_insert_with(|| {
+        self.layouts.entry(kernel.bindings()).or_insert_with(|| {
             let entry = |binding: usize, ty| wgpu::BindGroupLayoutEntry {
                 binding: binding as u32,
                 visibility: wgpu::ShaderStages::COMPUTE,
@@ -215,20 +212,23 @@ impl<'a> Pipelines<'a> {
         })
     }
 
-    pub(super) fn get(&mut self, variant: Variant) -> wgpu::ComputePipeline {
-        if let Some(pipeline) = self.made.get(&variant) {
+    pub(super) fn get(&mut self, kernel: Kernel) -> wgpu::ComputePipeline {
+        if let Some(pipeline) = self.made.get(&kernel) {
             return pipeline.clone();
         }
-        let label = format!("{variant:?}");
-        let source = source(variant.kernel, variant.weight, self.tuning.reduce);
-        let module = self
-            .device
-            .create_shader_module(wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) });
-        let constants = constants(variant, self.tuning, self.head_dim);
+        let label = format!("{kernel:?}");
+        let source = source(kernel, self.tuning);
+        let descriptor = wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) };
+        // Every loop ends: its bound is a constant or a number of the shape, and nothing else is written to its variable. Guards
+        // against endless ones would count in two words, and end those of more than 65,535 steps on some drivers.
+        let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
+        // SAFETY: no loop is endless, and all other checks are made.
+        let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };
+        let constants = constants(kernel, self.tuning, self.head_dim);
         let device = self.device;
         let layout = device.create_pipeline_layout(&wgpu::PipelineLayoutDescriptor {
             label: None,
-            bind_group_layouts: &[Some(self.layout(variant.kernel))],
+            bind_group_layouts: &[Some(self.layout(kernel))],
             immediate_size: 0,
         });
         let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
@@ -243,7 +243,7 @@ impl<'a> Pipelines<'a> {
             },
             cache: None,
         });
-        self.made.insert(variant, pipeline.clone());
+        self.made.insert(kernel, pipeline.clone());
         pipeline
     }
 }

@@ -137,6 +137,20 @@ impl Packed {
         &self.data()[tile * self.shape.tile_bytes()..][..self.shape.tile_bytes()]
     }
 
+    /// Word `g` of row `r` of a block of 32 columns: 4 of its 8-bit values, or the low nibbles of four columns and the high ones of those 16 behind.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    pub(crate) fn word(&self, r: usize, block: usize, g: usize) -> [u8; 4] {
+        let at = block * self.shape.stride() + 64 * g + 4 * (r % TILE);
+        std::array::from_fn(|i| self.tile(r / TILE)[at + i])
+    }
+
+    /// The scale of a block of row `r`.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    pub(crate) fn scale(&self, r: usize, block: usize) -> [u8; 2] {
+        let at = block * self.shape.stride() + self.shape.block_bytes() + 2 * (r % TILE);
+        std::array::from_fn(|i| self.tile(r / TILE)[at + i])
+    }
+
     /// The quants and the scales of a tile's block.
     #[cfg(test)]
     pub(super) fn block(&self, tile: usize, block: usize) -> (&[u8], &[f16]) {

@@ -23,6 +23,8 @@ fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) 
         let q = r.linear(x, "q", Dim::Heads, ColumnParallel);
         let k = r.linear(x, "k", Dim::KvHeads, ColumnParallel);
         let v = r.linear(x, "v", Dim::KvHeads, ColumnParallel);
+        r.rope(q);
+        r.rope(k);
         let y = r.attend(0, q, k, v);
         r.all_gather(y)
     });
@@ -37,7 +39,20 @@ fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) 
     model
 }
 
-/// The cache and attention in f64, for one sequence. `x`: `[positions, HIDDEN]`; answers `[positions, heads * head_dim]`.
+/// Rotates every pair of every head of `[positions, heads, head_dim]` by its position.
+fn rotate(x: &mut [f64], width: usize, head_dim: usize) {
+    let half = head_dim / 2;
+    for (pos, row) in x.chunks_exact_mut(width).enumerate() {
+        for head in row.chunks_exact_mut(head_dim) {
+            for i in 0..half {
+                let (sine, cosine) = (pos as f64 * 10_000f64.powf(-(i as f64) / half as f64)).sin_cos();
+                (head[i], head[i + half]) = (head[i] * cosine - head[i + half] * sine, head[i + half] * cosine + head[i] * sine);
+            }
+        }
+    }
+}
+
+/// The projections, the rotation, the cache and attention in f64, for one sequence. `x`: `[positions, HIDDEN]`; answers `[positions, heads * head_dim]`.
 fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
     let config = &model.config;
     let project = |name: &str| linear(&f64s(x), &model.tensors[&format!("{name}.weight")]);
@@ -45,8 +60,11 @@ fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
         KvType::F32 => values,
         KvType::F16 => values.into_iter().map(|v| f16::from_f64(v).to_f64()).collect::<Vec<_>>(),
     };
-    let (q, k, v) = (project("q"), stored(project("k")), stored(project("v")));
     let (d, kv_width) = (config.head_dim, config.n_kv_heads * config.head_dim);
+    let (mut q, mut k, v) = (project("q"), project("k"), stored(project("v")));
+    rotate(&mut q, config.n_heads * d, d);
+    rotate(&mut k, kv_width, d);
+    let k = stored(k);
     let group = config.n_heads / config.n_kv_heads;
     let mut y = vec![0.0; q.len()];
     for pos in 0..x.len() / HIDDEN {

@@ -1,16 +1,17 @@
 //! Each op but attention, on odd sizes.
 
-use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, run, tunings};
+use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, quantised, run, tunings};
 use crate::backend::{Place, Room};
 use crate::device::Device;
-use crate::kernels::matrix::DType;
+use crate::kernels::matrix::{DType, Matrix};
+use crate::kernels::quant::QuantFormat;
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{ColumnParallel, RowParallel};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
 /// The identity, so that an op can be given any values through a linear layer.
-fn identity(n: usize) -> crate::Matrix {
+fn identity(n: usize) -> Matrix {
     let mut values = vec![0.0; n * n];
     values.iter_mut().step_by(n + 1).for_each(|v| *v = 1.0);
     matrix(DType::F32, n, n, &values)
@@ -50,20 +51,24 @@ fn rms_norm_divides_by_the_root_of_the_mean_square() {
 }
 
 /// A linear layer from `hidden` to `channels` on a device, with any number of rows.
-fn check_linear(device: &Device, dtype: DType, hidden: usize, channels: usize) {
+fn check_linear(device: &Device, dtype: DType, format: Option<QuantFormat>, hidden: usize, channels: usize) {
     for tuning in tunings(device) {
         let mut numbers = Numbers::new((hidden * channels) as u64);
-        let weight = matrix(dtype, channels, hidden, &numbers.take(channels * hidden));
-        let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+        let mut weight = matrix(dtype, channels, hidden, &numbers.take(channels * hidden));
+        let mut model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
             let x = r.input();
             let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
             r.all_gather(y)
         });
+        model.quantised = format;
+        if let Some(format) = format {
+            weight = quantised(&weight, format);
+        }
         let mut place = model.place(device, tuning, ROOM);
         for rows in [1, 3, 8, 70] {
             let x = numbers.take(rows * hidden);
             let found = run(&mut place, &model.rows(rows as u64, rows), &x);
-            let what = format!("{device} {tuning:?} {dtype:?} {rows} rows of {hidden} to {channels}");
+            let what = format!("{device} {tuning:?} {dtype:?} {format:?} {rows} rows of {hidden} to {channels}");
             assert_close(&found, &linear(&f64s(&x), &weight), 2e-5, &what);
         }
     }
@@ -73,18 +78,27 @@ fn check_linear(device: &Device, dtype: DType, hidden: usize, channels: usize) {
 fn linear_multiplies_by_weights_of_every_dtype_for_one_row_and_many() {
     for device in gpus() {
         for dtype in DTYPES {
-            check_linear(&device, dtype, 67, 35);
+            check_linear(&device, dtype, None, 67, 35);
         }
-        check_linear(&device, DType::F32, 4, 130);
+        check_linear(&device, DType::F32, None, 4, 130);
+    }
+}
+
+#[test]
+fn linear_multiplies_by_quantised_weights_for_one_row_and_many() {
+    for device in gpus() {
+        for format in QuantFormat::ALL {
+            check_linear(&device, DType::Bf16, Some(format), 67, 35);
+        }
     }
 }
 
 #[test]
 fn a_matrix_larger_than_a_binding_is_computed_in_blocks() {
     for device in gpus() {
-        // 64 KiB are 81 rows of 201 f32s.
-        check_linear(&device.clone().with_binding_limit(64 << 10), DType::F32, 201, 170);
-        check_linear(&device.with_binding_limit(64 << 10), DType::F16, 201, 170);
+        // 64 KiB are 64 rows of 201 f32s, in whole tiles and blocks.
+        check_linear(&device.clone().with_binding_limit(64 << 10), DType::F32, None, 201, 170);
+        check_linear(&device.with_binding_limit(64 << 10), DType::F16, None, 201, 170);
     }
 }
 
@@ -108,14 +122,18 @@ fn more_workgroups_than_a_dimension_holds_are_folded() {
 
 #[test]
 fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
-    let (hidden, channels) = (37, 30);
-    // Borders between ranks: uneven shares, some of nothing, first or last.
-    let cuts: [&[usize]; 4] = [&[0, 30], &[0, 17, 30], &[0, 0, 13, 30], &[0, 11, 30, 30]];
+    let (hidden, channels) = (37, 70);
+    // Borders between ranks: uneven shares, inside of blocks of 32 columns, some of nothing, first or last.
+    let cuts: [&[usize]; 4] = [&[0, 70], &[0, 17, 70], &[0, 0, 33, 70], &[0, 51, 70, 70]];
     for device in gpus() {
-        for cut in cuts {
+        for (cut, format) in cuts.into_iter().flat_map(|cut| [None, Some(QuantFormat::Q8_0), Some(QuantFormat::Q4_0)].map(|f| (cut, f))) {
             let mut numbers = Numbers::new(7);
-            let up = matrix(DType::Bf16, channels, hidden, &numbers.take(channels * hidden));
-            let down = matrix(DType::F16, hidden, channels, &numbers.take(channels * hidden));
+            let mut random = |dtype, rows: usize, cols: usize| {
+                let values = numbers.take(rows * cols);
+                // What is quantised is given back to the system, which doesn't keep what is in no file.
+                if format.is_some() { Matrix::from_f32(rows, cols, values) } else { matrix(dtype, rows, cols, &values) }
+            };
+            let (mut up, mut down) = (random(DType::Bf16, channels, hidden), random(DType::F16, hidden, channels));
             let mut model = Model::new(hidden, 2, 1, 1, channels).tensor("up", up.clone()).tensor("down", down.clone()).plan(|mut r| {
                 let x = r.input();
                 let h = r.linear(x, "up", Dim::Channels, ColumnParallel);
@@ -124,14 +142,20 @@ fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
             });
             let whole = model.partition.ranks[0].clone();
             model.partition.ranks = cut.windows(2).map(|c| RankPartition { channels: c[0]..c[1], ..whole.clone() }).collect();
+            model.quantised = format;
+            if let Some(format) = format {
+                (up, down) = (quantised(&up, format), quantised(&down, format));
+            }
             let mut place = model.on(&device, ROOM).unwrap();
             for rows in [1, 20] {
                 let x = numbers.take(rows * hidden);
                 let found = run(&mut place, &model.rows(rows as u64, rows), &x);
-                assert_close(&found, &linear(&linear(&f64s(&x), &up), &down), 1e-4, &format!("{device} {cut:?} {rows}"));
+                assert_close(&found, &linear(&linear(&f64s(&x), &up), &down), 1e-4, &format!("{device} {cut:?} {format:?} {rows}"));
             }
-            let expected: Vec<u64> = cut.windows(2).map(|c| ((c[1] - c[0]) * hidden * 4) as u64).collect();
-            assert_eq!(place.weight_bytes(), expected, "{device} {cut:?}");
+            if format.is_none() {
+                let expected: Vec<u64> = cut.windows(2).map(|c| ((c[1] - c[0]) * hidden * 4) as u64).collect();
+                assert_eq!(place.weight_bytes(), expected, "{device} {cut:?}");
+            }
         }
     }
 }
@@ -154,36 +178,6 @@ fn sharded_results_are_read_rank_behind_rank() {
         let x = numbers.take(2 * hidden);
         let expected: Vec<f64> = cuts.iter().flat_map(|c| linear(&f64s(&x), &weight.slice(c.clone(), 0..hidden))).collect();
         assert_close(&run(&mut place, &model.rows(1, 2), &x), &expected, 1e-5, &device.to_string());
-    }
-}
-
-#[test]
-fn rope_turns_each_pair_by_the_rows_angles() {
-    for device in gpus() {
-        let (head_dim, heads, rows) = (6, 3, 17);
-        let width = head_dim * heads;
-        let model = Model::new(width, head_dim, heads, heads, 1).tensor("q", identity(width)).plan(|mut r| {
-            let x = r.input();
-            let q = r.linear(x, "q", Dim::Heads, ColumnParallel);
-            r.rope(q);
-            r.all_gather(q)
-        });
-        let mut place = model.on(&device, ROOM).unwrap();
-        let x = Numbers::new(5).take(rows * width);
-        let batch = model.rows(1, rows);
-        let mut expected = f64s(&x);
-        let half = head_dim / 2;
-        for (row, x) in expected.chunks_exact_mut(width).enumerate() {
-            let angles = &batch.rope[row * head_dim..][..head_dim];
-            for head in x.chunks_exact_mut(head_dim) {
-                for i in 0..half {
-                    let (c, s) = (f64::from(angles[i]), f64::from(angles[half + i]));
-                    let (a, b) = (head[i], head[i + half]);
-                    (head[i], head[i + half]) = (a * c - b * s, b * c + a * s);
-                }
-            }
-        }
-        assert_close(&run(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
     }
 }
 
@@ -213,7 +207,7 @@ fn add_sums_and_take_rows_picks_the_wanted() {
         let width = 9;
         let model = Model::new(width, 2, 1, 1, width).tensor("double", identity(width)).plan(|mut r| {
             let x = r.input();
-            let y = r.linear(x, "double", Dim::Hidden, crate::TensorParallelStrategy::None);
+            let y = r.linear(x, "double", Dim::Hidden, RowParallel);
             r.add(x, y);
             let wanted = r.take_rows(x);
             r.pass(wanted)

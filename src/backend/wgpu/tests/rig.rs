@@ -8,14 +8,15 @@ use std::time::Duration;
 
 use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
-use crate::backend::wgpu::shaders::{Reduce, Tuning};
-use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Place, Room, Row, Seq};
+use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
+use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Packing, Place, Room, Row, Seq};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
 use crate::kernels::matrix::Matrix;
 use crate::kernels::parallel::WorkDistributionConfig;
 use crate::kernels::pool::Pool;
+use crate::kernels::quant::{Packed, QuantFormat};
 pub(super) use crate::kernels::samples::mapped as matrix;
 use crate::partition::{RankPartition, StagePartition};
 use crate::plan::{Plan, Recorder, SegmentId};
@@ -38,12 +39,24 @@ pub(super) fn gpus_named(name: &str) -> Vec<Device> {
     gpus
 }
 
-/// Every way to reduce that an adapter can.
+/// Tunings that differ in everything, as far as an adapter can.
 pub(super) fn tunings(device: &Device) -> Vec<Tuning> {
-    let mut all =
-        vec![Tuning { reduce: Reduce::Workgroup, lanes: 64, tiled: 8 }, Tuning { reduce: Reduce::Workgroup, lanes: 8, tiled: 32 }];
+    let small = Linear {
+        one: Few { tiles: 1, rows: 1, slices: 8 },
+        few: Few { tiles: 1, rows: 2, slices: 4 },
+        many: Some((9, Tile { down: 4, across: 4 })),
+    };
+    let large = Linear {
+        one: Few { tiles: 4, rows: 1, slices: 1 },
+        few: Few { tiles: 2, rows: 4, slices: 1 },
+        many: Some((33, Tile { down: 2, across: 8 })),
+    };
+    let mut all = vec![
+        Tuning { reduce: Reduce::Workgroup, lanes: 64, computed_levels: false, unrolled: false, linear: small },
+        Tuning { reduce: Reduce::Workgroup, lanes: 8, computed_levels: true, unrolled: false, linear: large },
+    ];
     if device.adapter().unwrap().features.contains(wgpu::Features::SUBGROUP) {
-        all.push(Tuning { reduce: Reduce::Subgroup, lanes: 64, tiled: 8 });
+        all.push(Tuning { reduce: Reduce::Subgroup, lanes: 64, computed_levels: true, unrolled: true, linear: small });
     }
     all
 }
@@ -81,6 +94,14 @@ pub(super) fn linear(x: &[f64], weight: &Matrix) -> Vec<f64> {
     y
 }
 
+/// What a matrix is worth after quantising.
+pub(super) fn quantised(matrix: &Matrix, format: QuantFormat) -> Matrix {
+    let packed = pool().enter(|| Packed::quantise(matrix, 0..matrix.rows(), 0..matrix.cols(), format, &|_| {})).unwrap();
+    let mut values = vec![0.0; matrix.rows() * matrix.cols()];
+    values.chunks_exact_mut(matrix.cols()).enumerate().for_each(|(r, row)| packed.row_to_f32(r, row));
+    Matrix::from_f32(matrix.rows(), matrix.cols(), values)
+}
+
 pub(super) fn f64s(values: &[f32]) -> Vec<f64> {
     values.iter().map(|v| f64::from(*v)).collect()
 }
@@ -94,12 +115,19 @@ pub(super) fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what
     }
 }
 
+/// One thread.
+pub(super) fn pool() -> Pool {
+    Pool::new(Some(1)).unwrap()
+}
+
 /// A model of a few ops, with its weights and ranks.
 pub(super) struct Model {
     pub config: Config,
     pub partition: StagePartition,
     pub plan: Plan,
     pub tensors: HashMap<String, Matrix>,
+    /// What its matrices are quantised to.
+    pub quantised: Option<QuantFormat>,
 }
 
 impl Model {
@@ -121,7 +149,7 @@ impl Model {
         };
         let whole = RankPartition { heads: 0..n_heads, kv_heads: 0..n_kv_heads, channels: 0..channels, vocab: 0..50 };
         let partition = StagePartition { layers: 0..1, ranks: vec![whole] };
-        Self { config, partition, plan: Plan::default(), tensors: HashMap::new() }
+        Self { config, partition, plan: Plan::default(), tensors: HashMap::new(), quantised: None }
     }
 
     pub(super) fn plan(mut self, record: impl FnOnce(Recorder) -> Plan) -> Self {
@@ -145,22 +173,21 @@ impl Model {
             config: &self.config,
             partition: &self.partition,
             tensor: &tensor,
-            packing: None,
+            packing: self.quantised.map(|format| Packing { format, cache: None, progress: &|_| {} }),
         })
     }
 
     pub(super) fn place(&self, device: &Device, tuning: Tuning, room: Room) -> GpuPlace {
-        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning, &mut Opened::default())).unwrap()
+        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning, &pool(), &mut Opened::default())).unwrap()
     }
 
     pub(super) fn on(&self, device: &Device, room: Room) -> Result<GpuPlace> {
-        self.assign(|assignment| GpuPlace::new(device, assignment, room, &mut Opened::default()))
+        self.assign(|assignment| GpuPlace::new(device, assignment, room, &pool(), &mut Opened::default()))
     }
 
     /// The reference: the same on the CPU.
     pub(super) fn on_cpu(&self) -> CpuPlace {
-        let threads =
-            Threads { pool: Arc::new(Pool::new(Some(1)).unwrap()), work: WorkDistributionConfig::default(), stats: Arc::default() };
+        let threads = Threads { pool: Arc::new(pool()), work: WorkDistributionConfig::default(), stats: Arc::default() };
         self.assign(|assignment| CpuPlace::new(&assignment, &threads)).unwrap()
     }
 

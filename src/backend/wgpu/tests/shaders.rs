@@ -5,27 +5,61 @@ use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ShaderStage, StorageAccess, TypeInner};
 
 use crate::backend::KvType;
-use crate::backend::wgpu::shaders::{Access, Kernel, Reduce, Shape, Tuning, Variant, constants, source};
-use crate::kernels::matrix::DType;
+use crate::backend::wgpu::shaders::{Access, Finish, Kernel, Shape, constants, source};
+use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
+use crate::backend::wgpu::weights::Format;
 
-/// Every module with each of its pipelines.
-fn each_variant(mut check: impl FnMut(&str, Variant, Reduce)) {
-    for kernel in Kernel::ALL {
-        let weights = [DType::F32, DType::F16, DType::Bf16].map(Some);
-        for weight in if kernel.has_weight() { &weights[..] } else { &[None] } {
-            for reduce in [Reduce::Workgroup, Reduce::Subgroup] {
-                for kv in if kernel.has_kv() { &[Some(KvType::F32), Some(KvType::F16)][..] } else { &[None] } {
-                    let variant = Variant { kernel, weight: *weight, kv: *kv };
-                    check(&format!("{variant:?} {reduce:?}"), variant, reduce);
-                }
+const TILE: Tile = Tile { down: 4, across: 4 };
+
+/// Tunings that differ in what modules are linked from.
+fn tunings() -> [Tuning; 2] {
+    let few = Few { tiles: 2, rows: 2, slices: 4 };
+    let linear = Linear { one: few, few, many: Some((9, TILE)) };
+    [(Reduce::Workgroup, false), (Reduce::Subgroup, true)].map(|(reduce, computed_levels)| Tuning {
+        reduce,
+        lanes: 64,
+        computed_levels,
+        unrolled: computed_levels,
+        linear,
+    })
+}
+
+/// Every kernel, linked with everything that it can be.
+fn kernels() -> Vec<Kernel> {
+    let mut all = vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::Add, Kernel::TakeRows];
+    for format in Format::ALL {
+        for finish in [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F32), Finish::Qkv(KvType::F16)] {
+            for (tiles, rows, slices) in [(1, 1, 8), (4, 4, 1)] {
+                all.push(Kernel::Linear(format, finish, Few { tiles, rows, slices }));
             }
+            all.push(Kernel::LinearTile(format, finish, TILE));
+        }
+    }
+    all
+}
+
+fn each_variant(mut check: impl FnMut(&str, Kernel, Tuning)) {
+    for kernel in kernels() {
+        for tuning in tunings() {
+            check(&format!("{kernel:?} {:?}", tuning.reduce), kernel, tuning);
         }
     }
 }
 
-fn parse(name: &str, variant: Variant, reduce: Reduce) -> naga::Module {
-    let source = source(variant.kernel, variant.weight, reduce);
+fn parse(name: &str, kernel: Kernel, tuning: Tuning) -> naga::Module {
+    let source = source(kernel, tuning);
     naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)))
+}
+
+/// With the values of its overrides.
+fn specialised(name: &str, kernel: Kernel, tuning: Tuning, head_dim: usize) -> (naga::Module, naga::valid::ModuleInfo) {
+    let module = parse(name, kernel, tuning);
+    let info = validate(&module, Capabilities::all()).unwrap_or_else(|e| panic!("{name}: {e}"));
+    let constants: PipelineConstants =
+        constants(kernel, tuning, head_dim).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+    let (module, info) =
+        process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants).unwrap_or_else(|e| panic!("{name}: {e}"));
+    (module.into_owned(), info.into_owned())
 }
 
 fn validate(module: &naga::Module, capabilities: Capabilities) -> Result<naga::valid::ModuleInfo, String> {
@@ -35,20 +69,16 @@ fn validate(module: &naga::Module, capabilities: Capabilities) -> Result<naga::v
 #[test]
 fn every_variant_is_valid_and_translates_for_vulkan_metal_and_dx12() {
     let mut seen = 0;
-    each_variant(|name, variant, reduce| {
-        let module = parse(name, variant, reduce);
-        let needs_subgroups = reduce == Reduce::Subgroup && variant.kernel.reduces();
+    each_variant(|name, kernel, tuning| {
+        let module = parse(name, kernel, tuning);
+        let needs_subgroups = tuning.reduce == Reduce::Subgroup && kernel.reduces();
         // `unpack2x16float` and its like, which every adapter of WebGPU has.
         let least = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
         let capabilities = if needs_subgroups { least | Capabilities::SUBGROUP } else { least };
-        let info = validate(&module, capabilities).unwrap_or_else(|e| panic!("{name}: {e}"));
+        validate(&module, capabilities).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(validate(&module, least).is_err(), needs_subgroups, "{name}");
 
-        let tuning = Tuning { reduce, lanes: 64, tiled: 8 };
-        let constants: PipelineConstants =
-            constants(variant, tuning, 128).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let (module, info) =
-            process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let (module, info) = specialised(name, kernel, tuning, 128);
 
         // 1.3, for subgroup operations.
         let options = spv::Options { lang_version: (1, 3), ..spv::Options::default() };
@@ -65,14 +95,13 @@ fn every_variant_is_valid_and_translates_for_vulkan_metal_and_dx12() {
             .unwrap_or_else(|e| panic!("{name}: HLSL: {e}"));
         seen += 1;
     });
-    // Three kernels with a weight, two with a cache, four with neither, over both ways to reduce.
-    assert_eq!(seen, 2 * (3 * 3 + 2 * 2 + 4));
+    assert_eq!(seen, 2 * kernels().len());
 }
 
 #[test]
 fn every_module_binds_what_rust_binds() {
-    each_variant(|name, variant, reduce| {
-        let module = parse(name, variant, reduce);
+    each_variant(|name, kernel, tuning| {
+        let module = parse(name, kernel, tuning);
         let mut found: Vec<(u32, Option<Access>)> = module
             .global_variables
             .iter()
@@ -89,7 +118,7 @@ fn every_module_binds_what_rust_binds() {
             })
             .collect();
         found.sort_by_key(|(binding, _)| *binding);
-        let storage = variant.kernel.bindings().iter().copied().map(Some);
+        let storage = kernel.bindings().iter().copied().map(Some);
         let expected: Vec<_> = (0..).zip([None, None].into_iter().chain(storage)).collect();
         assert_eq!(found, expected, "{name}");
         assert!(storage_buffers(&found) <= 8, "{name}: more storage buffers than WebGPU promises");
@@ -113,21 +142,16 @@ fn the_shape_is_the_same_struct_in_both_languages() {
     let (_, shape) = module.types.iter().find(|(_, t)| t.name.as_deref() == Some("Shape")).unwrap();
     let TypeInner::Struct { members, span } = &shape.inner else { panic!("Shape is {:?}", shape.inner) };
     let found: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset)).collect();
-    let expected = fields!(Shape: rows_of width width4 stride out first_out accumulate heads half_head kv_heads first_head
-        first_kv_head group window eps scale);
+    let expected = fields!(Shape: rows_of width width4 stride blocks out first_out accumulate heads half_head kv_heads first_head
+        first_kv_head group window lead eps scale unused0 unused1);
     assert_eq!(found, expected);
     assert_eq!(*span as usize, size_of::<Shape>());
 }
 
 #[test]
 fn workgroups_stay_within_what_webgpu_promises() {
-    each_variant(|name, variant, reduce| {
-        let module = parse(name, variant, reduce);
-        let info = validate(&module, Capabilities::all()).unwrap();
-        let tuning = Tuning { reduce, lanes: 64, tiled: 8 };
-        let constants: PipelineConstants =
-            constants(variant, tuning, 512).into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-        let (module, _) = process_overrides(&module, &info, Some((ShaderStage::Compute, "main")), &constants).unwrap();
+    each_variant(|name, kernel, tuning| {
+        let (module, _) = specialised(name, kernel, tuning, 512);
         let invocations: u32 = module.entry_points[0].workgroup_size.iter().product();
         assert!(invocations <= 256, "{name}: {invocations} invocations");
         let bytes: u32 = module

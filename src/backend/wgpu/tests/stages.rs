@@ -3,7 +3,7 @@
 use std::task::Poll;
 use std::time::Duration;
 
-use super::rig::{Model, Numbers, ROOM, gpus, matrix, run, try_run};
+use super::rig::{Model, Numbers, ROOM, gpus, matrix, pool, run, try_run};
 use crate::backend::wgpu::GpuPlace;
 use crate::backend::{Batch, Flow, Opened, Place};
 use crate::device::Device;
@@ -12,7 +12,7 @@ use crate::kernels::matrix::DType;
 use crate::partition::Dim;
 use crate::plan::{ColumnParallel, SegmentId};
 
-/// Rows of 9 are padded to 12.
+/// Rows of 9 are padded to 32.
 const HIDDEN: usize = 9;
 
 /// A norm, added to what came in.
@@ -42,7 +42,7 @@ fn stages(device: &Device) -> [GpuPlace; 2] {
     [(0, first()), (1, second())].map(|(stage, model)| {
         model.assign(|mut assignment| {
             (assignment.stage, assignment.stays) = (stage, stage == 0);
-            GpuPlace::new(device, assignment, ROOM, &mut opened).unwrap()
+            GpuPlace::new(device, assignment, ROOM, &pool(), &mut opened).unwrap()
         })
     })
 }
@@ -145,7 +145,7 @@ fn rows_of_another_device_are_refused() {
         let [mut first, mut second] = stages(&device);
         let flow = passed(&mut first, &batch, &x, SECOND).unwrap();
         let error = second.launch(SegmentId(0), &larger, &flow).unwrap_err().to_string();
-        assert!(error.contains("48 bytes were passed to it for 2 rows of 9, which take 96"), "{device}: {error}");
+        assert!(error.contains("128 bytes were passed to it for 2 rows of 9, which take 256"), "{device}: {error}");
     }
 }
 
@@ -166,7 +166,7 @@ fn a_lost_device_is_lost_to_all_its_places_and_to_no_other() {
 fn isolated_places_have_devices_of_their_own() {
     for device in gpus() {
         let mut opened = Opened::default();
-        let mut open = |device: &Device| second().assign(|a| GpuPlace::new(device, a, ROOM, &mut opened)).unwrap();
+        let mut open = |device: &Device| second().assign(|a| GpuPlace::new(device, a, ROOM, &pool(), &mut opened)).unwrap();
         let isolated = device.clone().isolated();
         let (mut lost, smaller) = (open(&device), device.clone().with_binding_limit(1 << 20));
         let others = [open(&isolated), open(&isolated), open(&smaller)];

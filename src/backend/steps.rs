@@ -1,14 +1,16 @@
-//! What the CPU runs of a plan: ops that share a pass over their data become one step.
+//! What places run of a plan: ops that share a pass over their data become one step.
 
 use crate::plan::{Buf, ColumnParallel, Op, RowParallel, Weight};
 
 /// One pass over the data of one or more ops, over all ranks of the place and all rows of a launch.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) enum Step {
+pub(crate) enum Step {
     /// `x += add`, where there is one, and `y = rms_norm(x)`.
     Norm { add: Option<Buf>, x: Buf, y: Buf, weight: Weight },
     /// Products of the same rows with one or more weights, in one sweep; `sum`: row-parallel, the place's ranks are added up.
     Linear { x: Buf, to: Vec<(Weight, Buf)>, sum: bool },
+    /// The projections of x to queries, keys and values: the first two rotated, the last two stored in the pages of `layer`.
+    Qkv { x: Buf, weights: [Weight; 3], q: Buf, k: Buf, v: Buf, layer: usize },
     /// `y = silu(x gate^T) * (x up^T)`; `scratch` takes the second product.
     GatedLinear { x: Buf, gate: Weight, up: Weight, scratch: Buf, y: Buf },
     /// An op alone.
@@ -16,7 +18,7 @@ pub(super) enum Step {
 }
 
 /// The steps of a segment's ops, in their order.
-pub(super) fn lower(mut ops: &[Op]) -> Vec<Step> {
+pub(crate) fn lower(mut ops: &[Op]) -> Vec<Step> {
     let mut steps = Vec::new();
     while let Some(&first) = ops.first() {
         let (step, taken) = match *ops {
@@ -30,6 +32,17 @@ pub(super) fn lower(mut ops: &[Op]) -> Vec<Step> {
                 Op::SwiGlu { gate: g, up: u, y },
                 ..,
             ] if (same, g, u) == (x, gate_y, scratch) => (Step::GatedLinear { x, gate, up, scratch, y }, 3),
+            [
+                Op::Linear { x, y: q, weight: wq, strategy: ColumnParallel },
+                Op::Linear { x: x1, y: k, weight: wk, strategy: ColumnParallel },
+                Op::Linear { x: x2, y: v, weight: wv, strategy: ColumnParallel },
+                Op::Rope { x: rotated_q },
+                Op::Rope { x: rotated_k },
+                Op::StoreKv { layer, k: stored_k, v: stored_v },
+                ..,
+            ] if (x1, x2, rotated_q, rotated_k, stored_k, stored_v) == (x, x, q, k, k, v) => {
+                (Step::Qkv { x, weights: [wq, wk, wv], q, k, v, layer }, 6)
+            }
             [Op::Linear { x, strategy: ColumnParallel, .. }, ..] => {
                 let of_x = |op: &Op| match *op {
                     Op::Linear { x: same, y, weight, strategy: ColumnParallel } if same == x => Some((weight, y)),
@@ -55,7 +68,7 @@ mod tests {
     use crate::model::mistral;
 
     #[test]
-    fn a_layer_is_eight_steps_on_one_place_and_no_step_crosses_a_segment() {
+    fn a_layer_is_seven_steps_on_one_place_and_no_step_crosses_a_segment() {
         let config = Config {
             vocab_size: 50,
             hidden_size: 32,
@@ -76,8 +89,9 @@ mod tests {
         assert_eq!(of(|s| matches!(s, Step::Norm { add: Some(_), .. })), 5, "every add but the last is followed by a norm");
         assert_eq!(of(|s| matches!(s, Step::Norm { add: None, .. })), 2);
         assert_eq!(of(|s| matches!(s, Step::GatedLinear { .. })), 3);
-        assert_eq!(of(|s| matches!(s, Step::Linear { to, sum: false, .. } if to.len() == 3)), 3, "Q, K and V");
+        assert_eq!(of(|s| matches!(s, Step::Qkv { .. })), 3);
         assert_eq!(of(|s| matches!(s, Step::Linear { sum: true, .. })), 6);
+        assert_eq!(steps.len(), 3 * 7 + 4, "the last add, the wanted rows, the last norm and the head");
         let cut = mistral::record(&config, 0..3, true);
         for segment in &cut.segments {
             lower(&cut.ops[segment.ops.clone()]);

@@ -1,0 +1,84 @@
+//! [`Tuning`]: which variant of its kernels an adapter runs.
+
+use super::adapters::Adapter;
+
+/// How a workgroup reduces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Reduce {
+    /// Through workgroup memory; every adapter can.
+    Workgroup,
+    /// By subgroup operations, which need [`wgpu::Features::SUBGROUP`].
+    Subgroup,
+}
+
+/// A workgroup of `shaders/linear.wgsl`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Few {
+    /// Tiles of 16 outputs.
+    pub tiles: u32,
+    /// Rows of activations.
+    pub rows: u32,
+    /// Parts that the columns are cut into, 16 invocations each.
+    pub slices: u32,
+}
+
+/// What each of the 64 invocations of a workgroup of `shaders/linear_tile.wgsl` computes: so many rows and outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Tile {
+    pub down: u32,
+    /// Even.
+    pub across: u32,
+}
+
+/// How a linear layer is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Linear {
+    /// For one row.
+    pub one: Few,
+    /// For several.
+    pub few: Few,
+    /// For many: from how many on.
+    pub many: Option<(usize, Tile)>,
+}
+
+/// What is chosen for an adapter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Tuning {
+    pub reduce: Reduce,
+    /// Invocations that share a reduction over a row; a power of two, at least 4.
+    pub lanes: u32,
+    /// Whether the levels of iq4_nl are computed and not looked up.
+    pub computed_levels: bool,
+    /// Whether the loop over the columns of a block is written out.
+    pub unrolled: bool,
+    pub linear: Linear,
+}
+
+impl Tuning {
+    pub(super) fn of(adapter: &Adapter) -> Self {
+        // Software adapters run a workgroup on one core: a lane beyond its vector's width only adds barriers. Loads cost them as much
+        // as ten operations on a vector, so that a lane takes as many outputs and rows as it can. Long code is compiled for seconds and
+        // runs no faster.
+        if adapter.is_software() {
+            return Self {
+                reduce: Reduce::Workgroup,
+                lanes: 8,
+                computed_levels: true,
+                unrolled: false,
+                linear: Linear { one: Few { tiles: 4, rows: 1, slices: 1 }, few: Few { tiles: 4, rows: 4, slices: 1 }, many: None },
+            };
+        }
+        let subgroups = adapter.features.contains(wgpu::Features::SUBGROUP);
+        Self {
+            reduce: if subgroups { Reduce::Subgroup } else { Reduce::Workgroup },
+            lanes: 256,
+            computed_levels: false,
+            unrolled: true,
+            linear: Linear {
+                one: Few { tiles: 1, rows: 1, slices: 8 },
+                few: Few { tiles: 1, rows: 4, slices: 8 },
+                many: Some((9, Tile { down: 4, across: 4 })),
+            },
+        }
+    }
+}
