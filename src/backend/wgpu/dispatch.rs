@@ -32,7 +32,7 @@ impl Size {
             Self::Groups(n) => (0, rows * n),
             Self::Elements(n) => (0, (rows * n).div_ceil(ELEMENTS as usize)),
             Self::Linear(out, Linear { many: Some((least, tile)), .. }) if rows >= least => {
-                (2, rows.div_ceil(8 * tile.down as usize) * out.div_ceil(8 * tile.across as usize))
+                (2, rows.div_ceil((tile.side * tile.down) as usize) * out.div_ceil((tile.side * tile.across) as usize))
             }
             Self::Linear(out, Linear { one, few, .. }) => {
                 let (i, variant) = if rows == 1 { (0, one) } else { (1, few) };

@@ -150,12 +150,12 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     }
     let constants = match kernel {
         Kernel::Linear(.., Few { tiles, rows, slices }) => vec![("TILES", tiles), ("ROWS", rows), ("SLICES", slices)],
-        Kernel::LinearTile(.., Tile { down, across }) => vec![("M", down), ("N", across), ("HALF_N", across / 2)],
+        Kernel::LinearTile(.., Tile { side, down, across }) => vec![("SIDE", side), ("M", down), ("N", across), ("HALF_N", across / 2)],
         _ => vec![],
     };
     let written = constants.iter().map(|(name, value)| format!("const {name}: u32 = {value}u;\n")).collect::<String>();
-    // Slices are many, and no array has one for each.
     let columns = if tuning.unrolled { Some(("VECTORS", 8)) } else { None };
+    // Slices are many, and no array has one for each.
     let lengths: Vec<_> = constants.into_iter().filter(|(name, _)| *name != "SLICES").chain(columns).collect();
     written + &unroll(&parts.join("\n"), &lengths)
 }

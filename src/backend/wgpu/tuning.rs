@@ -22,9 +22,12 @@ pub(super) struct Few {
     pub slices: u32,
 }
 
-/// What each of the 64 invocations of a workgroup of `shaders/linear_tile.wgsl` computes: so many rows and outputs.
+/// A workgroup of `shaders/linear_tile.wgsl`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Tile {
+    /// It has this many invocations, squared.
+    pub side: u32,
+    /// Rows and outputs that each computes.
     pub down: u32,
     /// Even.
     pub across: u32,
@@ -68,17 +71,27 @@ impl Tuning {
                 linear: Linear { one: Few { tiles: 4, rows: 1, slices: 1 }, few: Few { tiles: 4, rows: 4, slices: 1 }, many: None },
             };
         }
-        let subgroups = adapter.features.contains(wgpu::Features::SUBGROUP);
-        Self {
-            reduce: if subgroups { Reduce::Subgroup } else { Reduce::Workgroup },
-            lanes: 256,
-            computed_levels: false,
-            unrolled: true,
-            linear: Linear {
-                one: Few { tiles: 1, rows: 1, slices: 8 },
-                few: Few { tiles: 1, rows: 4, slices: 8 },
-                many: Some((9, Tile { down: 4, across: 4 })),
-            },
+        let mut tuning = Self::HARDWARE;
+        if !adapter.features.contains(wgpu::Features::SUBGROUP) {
+            tuning.reduce = Reduce::Workgroup;
         }
+        // Its tiles take a little more than the 16 KiB that every implementation of WebGPU has.
+        if adapter.limits.max_compute_workgroup_storage_size < 20 << 10 {
+            tuning.linear.many = Some((9, Tile { side: 8, down: 4, across: 4 }));
+        }
+        tuning
     }
+
+    /// What a card runs that nothing is known of but that it has subgroups.
+    pub(super) const HARDWARE: Self = Self {
+        reduce: Reduce::Subgroup,
+        lanes: 256,
+        computed_levels: false,
+        unrolled: true,
+        linear: Linear {
+            one: Few { tiles: 1, rows: 1, slices: 8 },
+            few: Few { tiles: 1, rows: 4, slices: 8 },
+            many: Some((9, Tile { side: 16, down: 4, across: 4 })),
+        },
+    };
 }

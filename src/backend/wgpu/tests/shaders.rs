@@ -9,7 +9,7 @@ use crate::backend::wgpu::shaders::{Access, Finish, Kernel, Shape, constants, so
 use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
 use crate::backend::wgpu::weights::Format;
 
-const TILE: Tile = Tile { down: 4, across: 4 };
+const TILE: Tile = Tile { side: 8, down: 4, across: 4 };
 
 /// Tunings that differ in what modules are linked from.
 fn tunings() -> [Tuning; 2] {
@@ -162,4 +162,50 @@ fn workgroups_stay_within_what_webgpu_promises() {
             .sum();
         assert!(bytes <= 16 << 10, "{name}: {bytes} bytes of workgroup memory");
     });
+}
+
+/// Writes every kernel as the Vulkan backend would hand it to a driver, for `benches/compilers`, which says what comes of it.
+#[test]
+#[ignore = "writes files to the directory that TORCHLESS_KERNELS names"]
+fn kernels_are_written_for_compilers() {
+    let directory = std::path::PathBuf::from(std::env::var_os("TORCHLESS_KERNELS").expect("TORCHLESS_KERNELS names a directory"));
+    std::fs::create_dir_all(&directory).unwrap();
+    let (hardware, head_dim) = (Tuning::HARDWARE, 128);
+    let Linear { one, few, many } = hardware.linear;
+    let mut kernels = vec![Kernel::RmsNorm, Kernel::Attend(KvType::F16), Kernel::Attend(KvType::F32), Kernel::Add, Kernel::TakeRows];
+    for format in Format::ALL {
+        let finish = [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F16)];
+        kernels.extend(finish.map(|finish| Kernel::Linear(format, finish, one)));
+        kernels.push(Kernel::Linear(format, Finish::Store, few));
+        kernels.extend(many.map(|(_, tile)| Kernel::LinearTile(format, Finish::Store, tile)));
+    }
+    let mut listed = Vec::new();
+    for (i, kernel) in kernels.into_iter().enumerate() {
+        let name = match kernel {
+            Kernel::Linear(format, finish, Few { tiles, rows, slices }) => {
+                format!("linear {format:?} {finish:?} {tiles}x{rows}x{slices}")
+            }
+            Kernel::LinearTile(format, finish, Tile { side, down, across }) => {
+                format!("linear_tile {format:?} {finish:?} {side}x{down}x{across}")
+            }
+            other => format!("{other:?}"),
+        };
+        let (module, info) = specialised(&name, kernel, hardware, head_dim);
+        let options = spv::Options {
+            lang_version: (1, 3),
+            force_loop_bounding: false,
+            zero_initialize_workgroup_memory: spv::ZeroInitializeWorkgroupMemoryMode::None,
+            ..spv::Options::default()
+        };
+        let words = spv::write_vec(&module, &info, &options, None).unwrap_or_else(|e| panic!("{name}: SPIR-V: {e}"));
+        let file = format!("{i}.spv");
+        std::fs::write(directory.join(&file), bytemuck::cast_slice(&words)).unwrap();
+        let weights = if let Kernel::Linear(_, _, Few { tiles, .. }) = kernel { Some(32 * tiles) } else { None };
+        let kinds = ["uniform"; 2].into_iter().chain(kernel.bindings().iter().map(|_| "storage"));
+        let bindings: Vec<_> = (0..).zip(kinds).map(|(i, kind)| serde_json::json!({"set": 0, "binding": i, "kind": kind})).collect();
+        listed.push(serde_json::json!({
+            "name": name, "file": file, "entry": "main", "weights_per_iteration": weights, "bindings": bindings, "robust": true,
+        }));
+    }
+    std::fs::write(directory.join("kernels.json"), serde_json::to_string_pretty(&listed).unwrap()).unwrap();
 }
