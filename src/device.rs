@@ -62,6 +62,18 @@ pub struct DeviceLimits {
     pub timestamps: bool,
 }
 
+/// How long one variant of a kernel takes: see [`Device::kernel_times`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KernelTime {
+    /// What a workgroup computes, such as `64 outputs, 1 slices`: outputs, and parts that the columns are cut into.
+    pub name: String,
+    /// The least of several rounds.
+    pub time: std::time::Duration,
+    /// A model would take it.
+    pub chosen: bool,
+}
+
 #[derive(Clone)]
 enum Kind {
     Cpu,
@@ -259,6 +271,21 @@ impl Device {
                 })
             }
         }
+    }
+
+    /// How long each variant of the product of a matrix with one row takes on this GPU, and which of them a model would take after its short
+    /// measurement. `weights`: how the matrix of `out` x `cols` is held, `f32`, `f16`, `bf16`, `q8_0`, `q4_0` or `iq4_nl`.
+    ///
+    /// # Errors
+    /// On the CPU, which has one kernel for each format; for other names; where the matrix doesn't fit a binding; if the device fails.
+    pub fn kernel_times(&self, weights: &str, out: usize, cols: usize) -> Result<Vec<KernelTime>> {
+        #[cfg(feature = "gpu")]
+        if let Some(adapter) = self.adapter() {
+            return crate::backend::wgpu::kernel_times(self, adapter, weights, out, cols);
+        }
+        let _ = (weights, out, cols);
+        let problem = "has one kernel for each format: there is nothing to choose".into();
+        Err(Error::Device { stage: 0, ranks: Vec::new(), device: self.to_string(), problem })
     }
 
     /// The adapter to open; `None` for the CPU.

@@ -186,6 +186,9 @@ pub(crate) struct Assignment<'a> {
     /// Whether the next stage lives on this very device, with all its ranks: what is passed on need not leave it.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's rows never leave the host
     pub stays: bool,
+    /// Whether kernels are chosen by measuring them on the device.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's need none
+    pub tune: bool,
     /// Ranks of the stage that live in this place, rising.
     pub ranks: Vec<usize>,
     pub plan: &'a Plan,

@@ -38,13 +38,17 @@ pub struct GridArgs {
     #[arg(long, value_name = "N")]
     pub context: Option<NonZeroUsize>,
 
-    /// Quantise the weights as they are loaded, on the CPU: q8_0, iq4_nl (the better 4-bit), q4_0; or stored: as the checkpoint has them
+    /// Quantise the weights as they are loaded: q8_0, iq4_nl (the better 4-bit), q4_0; or stored: as the checkpoint has them
     #[arg(long, value_name = "FORMAT", default_value = "stored", value_parser = weights)]
     pub weights: Weights,
 
     /// Keep the quantised weights in files beside the checkpoint, and take them from there the next time
     #[arg(long)]
     pub cache_weights: bool,
+
+    /// Take each GPU's default kernels instead of measuring which are fastest; what was measured is kept in the user's cache directory
+    #[arg(long)]
+    pub no_tune: bool,
 
     /// Print one JSON document
     #[arg(long)]
@@ -80,6 +84,7 @@ impl GridArgs {
         }
         config.weights = self.weights.0;
         config.cache_weights = self.cache_weights;
+        config.tune = !self.no_tune;
         config
     }
 

@@ -11,6 +11,7 @@ mod perplexity;
 mod plan;
 mod timeline;
 mod tokenize;
+mod tune;
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -43,6 +44,8 @@ enum Verb {
     Tokenize(tokenize::Args),
     /// Measure how fast a model runs
     Bench(bench::Args),
+    /// Measure every variant of a GPU's matrix-vector kernel
+    Tune(tune::Args),
     /// Draw a recorded trace: what each rank did for which micro-batch when
     Timeline(timeline::Args),
 }
@@ -111,6 +114,7 @@ fn run() -> Outcome {
         Verb::Perplexity(args) => perplexity::run(&args),
         Verb::Tokenize(args) => tokenize::run(&args),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Tune(args) => tune::run(&args),
         Verb::Timeline(args) => timeline::run(&args),
     }
 }
@@ -122,8 +126,9 @@ fn explain(error: &clap::Error) -> Outcome {
         return output::print(&text);
     }
     let sentence = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
-    let sentence =
-        sentence.strip_prefix("error: ").unwrap_or("which verb? devices, plan, generate, logits, perplexity, tokenize, bench or timeline");
+    let sentence = sentence
+        .strip_prefix("error: ")
+        .unwrap_or("which verb? devices, plan, generate, logits, perplexity, tokenize, bench, tune or timeline");
     Err(Failure::Usage(format!("{sentence}; see torchless --help")))
 }
 

@@ -85,13 +85,13 @@ impl Grid {
         let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, in_flight)?;
         let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
         for (stage, layout) in layouts.iter().enumerate() {
-            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor, packing) {
+            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor, config.tune, packing) {
                 room = room.min(backend::room(device, &assignment, room)?);
             }
         }
         let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
-            let assignments = layout.assignments(index, &params, &partition, &tensor, packing);
+            let assignments = layout.assignments(index, &params, &partition, &tensor, config.tune, packing);
             let threads = Threads { pool: pools[index].clone(), work: config.work, stats: stats.clone() };
             let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads, &mut opened)).collect::<Result<_>>()?;
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();

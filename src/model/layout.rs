@@ -91,11 +91,12 @@ impl Layout {
         params: &'a Parameters,
         partition: &'a Partition,
         tensor: &'a (dyn Fn(&str) -> Result<Matrix> + Sync),
+        tune: bool,
         packing: Option<Packing<'a>>,
     ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
         self.groups.iter().map(move |(device, ranks)| {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
-            (device, Assignment { stage, stays: self.stays, ranks: ranks.clone(), plan, config, partition, tensor, packing })
+            (device, Assignment { stage, stays: self.stays, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing })
         })
     }
 }
@@ -110,7 +111,7 @@ pub(super) fn rank_infos(
     let tensor = |name: &str| params.tensor(name);
     let mut infos = Vec::new();
     for (stage, layout) in layouts.iter().enumerate() {
-        for (device, assignment) in layout.assignments(stage, params, partition, &tensor, packing) {
+        for (device, assignment) in layout.assignments(stage, params, partition, &tensor, false, packing) {
             for &rank in &assignment.ranks {
                 let weights = (0..layout.plan.weights.len()).map(|i| assignment.bytes(crate::plan::Weight(i), rank));
                 let weight_bytes = weights.map(|bytes| bytes.map(|bytes| bytes as u64)).sum::<Result<u64>>()?;

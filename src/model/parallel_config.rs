@@ -29,7 +29,7 @@ const MOST_THREADS: usize = 1024;
 /// let config = ParallelConfig::tensor_parallel(2, 0).with_shares(vec![3.0, 1.0]);
 /// assert_eq!(config.tensor, TensorParallelConfig::new(2, 0));
 /// ```
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct ParallelConfig {
     /// Ranks of each stage.
@@ -47,14 +47,36 @@ pub struct ParallelConfig {
     pub threads: Option<usize>,
     /// Positions that the KV cache has room for, over all sequences; `None` leaves it to the model.
     pub kv_positions: Option<usize>,
-    /// What matrices are quantised to as they are loaded, on the CPU; `None` leaves them as the checkpoint stores them, in its mapped file.
+    /// What matrices are quantised to as they are loaded; `None` leaves them as the checkpoint stores them, in its mapped file.
     /// The embedding, of which a token reads a row, always stays there.
     pub weights: Option<QuantFormat>,
     /// Whether quantised matrices are kept in a file beside the checkpoint, a file for each of its slices, and taken from there by the
     /// next load that cuts the model in the same way. A file that is damaged, or of another checkpoint, is made anew.
     pub cache_weights: bool,
+    /// Whether GPUs choose among the variants of their kernels by a short measurement, the first time that they meet a shape. Choices are
+    /// kept in the user's cache directory (or the one that `TORCHLESS_CACHE` names), by adapter, driver and version.
+    pub tune: bool,
     /// Whether `stages: None` asks for several.
     pipelined: bool,
+}
+
+impl Default for ParallelConfig {
+    /// One rank, one stage, weights as they are stored, kernels chosen by measuring.
+    fn default() -> Self {
+        Self {
+            tensor: TensorParallelConfig::default(),
+            pipeline: PipelineConfig::default(),
+            stages: None,
+            shares: None,
+            work: WorkDistributionConfig::default(),
+            threads: None,
+            kv_positions: None,
+            weights: None,
+            cache_weights: false,
+            tune: true,
+            pipelined: false,
+        }
+    }
 }
 
 impl ParallelConfig {
@@ -108,7 +130,7 @@ impl ParallelConfig {
         self
     }
 
-    /// Quantises matrices as they are loaded, on the CPU.
+    /// Quantises matrices as they are loaded.
     #[must_use]
     pub fn weights(mut self, format: QuantFormat) -> Self {
         self.weights = Some(format);
@@ -119,6 +141,13 @@ impl ParallelConfig {
     #[must_use]
     pub fn cache_weights(mut self) -> Self {
         self.cache_weights = true;
+        self
+    }
+
+    /// Takes every adapter's default kernels, without measuring.
+    #[must_use]
+    pub fn untuned(mut self) -> Self {
+        self.tune = false;
         self
     }
 

@@ -22,7 +22,7 @@ impl Cache {
 
 /// All caches of a place, and a page on the side: no copy goes from a buffer to itself.
 pub(super) struct Caches {
-    all: Vec<Cache>,
+    pub all: Vec<Cache>,
     page: wgpu::Buffer,
 }
 

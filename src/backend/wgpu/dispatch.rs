@@ -27,7 +27,7 @@ pub(super) struct Dispatch {
 
 impl Size {
     /// Which of its pipelines takes so many rows, and in how many workgroups.
-    fn for_rows(self, rows: usize) -> (usize, usize) {
+    pub(super) fn for_rows(self, rows: usize) -> (usize, usize) {
         match self {
             Self::Groups(n) => (0, rows * n),
             Self::Elements(n) => (0, (rows * n).div_ceil(ELEMENTS as usize)),
@@ -60,7 +60,7 @@ impl Dispatch {
     }
 }
 /// A grid of two dimensions that holds `groups`, neither above `most`, with less than a row of it to spare.
-fn fold(groups: usize, most: usize) -> (u32, u32) {
+pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
     let y = groups.div_ceil(most).max(1);
     (groups.div_ceil(y) as u32, y as u32)
 }

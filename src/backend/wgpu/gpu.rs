@@ -17,7 +17,7 @@ const SPIN: Duration = Duration::from_micros(200);
 /// How long the host sleeps between two looks at a device on which several threads wait.
 const PAUSE: Duration = Duration::from_micros(100);
 
-/// The longest that an upload may stand still.
+/// The longest that an upload or a measurement may stand still.
 const STALLED: Duration = Duration::from_secs(60);
 
 /// Who owns a device, for messages.
@@ -172,12 +172,17 @@ impl Gpu {
     /// Submits what was written so far and waits for it, so that wgpu lets go of its staging memory.
     pub(super) fn flush(&self) -> Result<()> {
         let index = self.queue.submit([]);
+        self.finish(&index)
+    }
+
+    /// Waits for what was submitted, which nothing else waits for.
+    pub(super) fn finish(&self, index: &wgpu::SubmissionIndex) -> Result<()> {
         let done = Arc::new(AtomicBool::new(false));
         let signal = Arc::clone(&done);
         self.queue.on_submitted_work_done(move || signal.store(true, Ordering::Release));
-        match self.wait(&index, STALLED, || done.load(Ordering::Acquire))? {
+        match self.wait(index, STALLED, || done.load(Ordering::Acquire))? {
             true => Ok(()),
-            false => Err(self.lost(format!("an upload did not end within {} s", STALLED.as_secs()))),
+            false => Err(self.lost(format!("an upload or a measurement did not end within {} s", STALLED.as_secs()))),
         }
     }
 }

@@ -6,8 +6,8 @@ use super::gpu::Gpu;
 use super::moment::Moment;
 use super::room::{self, Bounds, Part};
 use super::shaders::{Finish, Kernel, Pipelines, Shape};
-use super::tuning::Tuning;
-use super::weights::{GpuWeight, Source};
+use super::tune::{Layer, Tuner};
+use super::weights::{GpuWeight, Source, TILE};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
 use crate::backend::{Assignment, KvType, Room};
@@ -50,6 +50,9 @@ pub(super) struct Lowered {
     pub caches: Caches,
     /// Of each hosted rank: its logical weights, as they are held.
     pub weight_bytes: Vec<u64>,
+    /// All that there are.
+    #[cfg(test)]
+    pub activations: Vec<Activation>,
 }
 
 /// Makes everything that a place keeps on its device.
@@ -58,7 +61,7 @@ pub(super) struct Lowerer<'a> {
     bounds: Bounds,
     assignment: &'a Assignment<'a>,
     moment: &'a Moment,
-    tuning: Tuning,
+    tuner: Tuner,
     pipelines: Pipelines<'a>,
     /// Packs matrices, on the threads of this pool.
     packer: Option<Packer<'a>>,
@@ -80,7 +83,7 @@ impl<'a> Lowerer<'a> {
         assignment: &'a Assignment<'a>,
         room: Room,
         moment: &'a Moment,
-        tuning: Tuning,
+        tuner: Tuner,
         pool: &'a Pool,
     ) -> Result<Self> {
         let mut caches = Vec::new();
@@ -96,8 +99,8 @@ impl<'a> Lowerer<'a> {
             bounds,
             assignment,
             moment,
-            tuning,
-            pipelines: Pipelines::new(&gpu.device, tuning, assignment.config.head_dim),
+            pipelines: Pipelines::new(&gpu.device, tuner.base(), assignment.config.head_dim),
+            tuner,
             packer: assignment.packing.as_ref().map(|packing| Packer::new(assignment, packing, &gpu.owner.device)),
             pool,
             activations: vec![Vec::new(); assignment.plan.bufs.len()],
@@ -228,8 +231,9 @@ impl<'a> Lowerer<'a> {
             let problem = format!("a weight begins {} columns inside a block, and its input {}", weight.lead, x.part.lead);
             return Err(self.gpu.owner.error(problem));
         }
-        let variants = self.tuning.linear;
         for block in &weight.blocks {
+            let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
+            let variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer)?;
             let shape = Shape {
                 blocks: weight.blocks_of_columns as u32,
                 out: block.rows as u32,
@@ -367,7 +371,13 @@ impl<'a> Lowerer<'a> {
             packer.keep();
         }
         let caches = Caches::new(gpu, self.caches.into_iter().flatten().collect())?;
-        Ok(Lowered { dispatches, caches, weight_bytes: self.weight_bytes })
+        Ok(Lowered {
+            dispatches,
+            caches,
+            weight_bytes: self.weight_bytes,
+            #[cfg(test)]
+            activations: self.activations.into_iter().flatten().collect(),
+        })
     }
 }
 

@@ -11,12 +11,15 @@ mod opened;
 mod place;
 mod room;
 mod shaders;
+mod tune;
+mod tuned;
 mod tuning;
 mod weights;
 
 pub(crate) use handover::Handover;
 pub(crate) use opened::Opened;
 pub(crate) use place::GpuPlace;
+pub(crate) use tune::kernel_times;
 
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,7 @@ use super::lower::{Activation, Lowered, Lowerer};
 use super::moment::Moment;
 use super::opened::Opened;
 use super::room::{self, Bounds};
+use super::tune::Tuner;
 use super::tuning::Tuning;
 use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
 use crate::device::Device;
@@ -62,12 +63,14 @@ impl Signal {
 }
 
 pub(crate) struct GpuPlace {
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
     ranks: Vec<usize>,
     moment: Moment,
     segments: Vec<Segment>,
     dispatches: Vec<Dispatch>,
-    caches: Caches,
+    pub(super) caches: Caches,
+    #[cfg(test)]
+    pub(super) activations: Vec<Activation>,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
     /// What a segment reads, on its way to the host.
@@ -100,16 +103,16 @@ impl GpuPlace {
     /// # Errors
     /// If the device can't be opened, is lost, runs out of memory, or can't take `room`.
     pub(crate) fn new(device: &Device, assignment: Assignment<'_>, room: Room, pool: &Pool, opened: &mut Opened) -> Result<Self> {
-        let tuning = device.adapter().map(Tuning::of);
-        let tuning = tuning.ok_or_else(|| owner(device, &assignment).error("is no adapter"))?;
-        Self::with_tuning(device, assignment, room, tuning, pool, opened)
+        let adapter = device.adapter().ok_or_else(|| owner(device, &assignment).error("is no adapter"))?;
+        let tuner = if assignment.tune { Tuner::measuring(adapter) } else { Tuner::defaults(Tuning::of(adapter)) };
+        Self::with_tuner(device, assignment, room, tuner, pool, opened)
     }
 
-    pub(super) fn with_tuning(
+    pub(super) fn with_tuner(
         device: &Device,
         assignment: Assignment<'_>,
         room: Room,
-        tuning: Tuning,
+        tuner: Tuner,
         pool: &Pool,
         opened: &mut Opened,
     ) -> Result<Self> {
@@ -123,7 +126,7 @@ impl GpuPlace {
 
         let gpu = opened.open(device, adapter, bounds.binding, owner)?;
         let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
-        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuning, pool)?;
+        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuner, pool)?;
         let mut segments = Vec::new();
         for segment in &assignment.plan.segments {
             let start = lowerer.len();
@@ -136,7 +139,8 @@ impl GpuPlace {
                 stays: assignment.stays && segment.exchange == Exchange::Pass,
             });
         }
-        let Lowered { dispatches, caches, weight_bytes } = lowerer.finish()?;
+        let lowered = lowerer.finish()?;
+        let Lowered { dispatches, caches, weight_bytes, .. } = lowered;
 
         let most = |stays: bool| {
             let read = segments.iter().filter(|s| s.stays == stays).map(|s| read_bytes(&s.read, room.rows, room.wanted));
@@ -153,6 +157,8 @@ impl GpuPlace {
             segments,
             dispatches,
             caches,
+            #[cfg(test)]
+            activations: lowered.activations,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
             staging,
             handovers,

@@ -1,5 +1,7 @@
 //! [`Tuning`]: which variant of its kernels an adapter runs.
 
+use serde::{Deserialize, Serialize};
+
 use super::adapters::Adapter;
 
 /// How a workgroup reduces.
@@ -12,7 +14,7 @@ pub(super) enum Reduce {
 }
 
 /// A workgroup of `shaders/linear.wgsl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Few {
     /// Tiles of 16 outputs.
     pub tiles: u32,
@@ -23,7 +25,7 @@ pub(super) struct Few {
 }
 
 /// A workgroup of `shaders/linear_tile.wgsl`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Tile {
     /// It has this many invocations, squared.
     pub side: u32,
@@ -34,7 +36,7 @@ pub(super) struct Tile {
 }
 
 /// How a linear layer is computed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Linear {
     /// For one row.
     pub one: Few,
@@ -42,6 +44,19 @@ pub(super) struct Linear {
     pub few: Few,
     /// For many: from how many on.
     pub many: Option<(usize, Tile)>,
+}
+
+impl Linear {
+    /// Whether kernels can be made so: workgroups of at most 256, and code of bounded length.
+    pub(super) fn is_sane(&self) -> bool {
+        let few = [self.one, self.few].into_iter().all(|Few { tiles, rows, slices }| {
+            [tiles, rows, slices].iter().all(|n| (1..=16).contains(n)) && tiles * rows <= 32 && slices.is_power_of_two()
+        });
+        let many = self.many.is_none_or(|(_, Tile { side, down, across })| {
+            [8, 16].contains(&side) && (1..=8).contains(&down) && [2, 4, 6, 8].contains(&across) && side * (down + across) <= 128
+        });
+        few && many && self.one.rows == 1
+    }
 }
 
 /// What is chosen for an adapter.

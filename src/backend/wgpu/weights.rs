@@ -27,8 +27,18 @@ pub(super) enum Format {
 }
 
 impl Format {
-    #[cfg(test)]
     pub(super) const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_0, Self::Iq4Nl];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4_0 => "q4_0",
+            Self::Iq4Nl => "iq4_nl",
+        }
+    }
 
     /// Vectors of 16 bytes of a row in a block, and of the scales of all rows behind them.
     fn vectors(self) -> (usize, usize) {

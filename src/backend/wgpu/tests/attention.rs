@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use super::rig::{Model, Numbers, assert_close, f64s, gpus, linear, matrix, run, tunings};
+use super::rig::{Model, Numbers, assert_close, download, f64s, gpus, guarded, linear, matrix, run, tunings};
 use crate::backend::{KvType, Place, Room, Row, Seq};
 use crate::kernels::matrix::DType;
 use crate::partition::{Dim, RankPartition};
@@ -124,7 +124,7 @@ fn a_chunk_then_single_positions_see_all_that_came_before() {
                     number += 1;
                     let batch = model.batch(number, rows(0, chunk.start..chunk.end), vec![seq.clone()], kv);
                     let (start, end) = (chunk.start as usize, chunk.end as usize);
-                    let found = run(&mut place, &batch, &x[start * HIDDEN..end * HIDDEN]);
+                    let found = guarded(&mut place, &batch, &x[start * HIDDEN..end * HIDDEN]);
                     let what = format!("{device} {tuning:?} {kv:?} heads of {head_dim}, {chunk:?}");
                     assert_close(&found, &expected[start * width..end * width], tolerance(kv), &what);
                 }
@@ -143,12 +143,12 @@ fn a_window_hides_what_lies_before_it_and_its_pages_may_be_gone() {
             let x = Numbers::new(9).take(203 * HIDDEN);
             let expected = attend(&model, &x, kv);
             let all = Seq { pages: vec![5, 1, 2, 3], first_page: 0 };
-            let found = run(&mut place, &model.batch(1, rows(0, 0..200), vec![all.clone()], kv), &x[..200 * HIDDEN]);
+            let found = guarded(&mut place, &model.batch(1, rows(0, 0..200), vec![all.clone()], kv), &x[..200 * HIDDEN]);
             assert_close(&found, &expected[..200 * 16], tolerance(kv), &format!("{device} window {window}"));
             // Position 200 sees 131 and later at most: the first page of f16 (128 positions), two of f32, are out of sight.
             let first = 131 / kv.page_len();
             let seq = Seq { pages: all.pages[first..].to_vec(), first_page: first as u32 };
-            let found = run(&mut place, &model.batch(2, rows(0, 200..203), vec![seq], kv), &x[200 * HIDDEN..]);
+            let found = guarded(&mut place, &model.batch(2, rows(0, 200..203), vec![seq], kv), &x[200 * HIDDEN..]);
             assert_close(&found, &expected[200 * 16..], tolerance(kv), &format!("{device} window {window}, freed"));
         }
     }
@@ -166,11 +166,11 @@ fn sequences_of_one_batch_do_not_see_each_other() {
         let width = 4 * 10;
         let first = [rows(0, 0..70), rows(1, 0..4)].concat();
         let input = [&a[..70 * HIDDEN], &b[..4 * HIDDEN]].concat();
-        let found = run(&mut place, &model.batch(1, first, seqs.clone(), KvType::F32), &input);
+        let found = guarded(&mut place, &model.batch(1, first, seqs.clone(), KvType::F32), &input);
         assert_close(&found, &[&ya[..70 * width], &yb[..4 * width]].concat(), 3e-5, &device.to_string());
         let second = [rows(0, 70..71), rows(1, 4..5)].concat();
         let input = [&a[70 * HIDDEN..], &b[4 * HIDDEN..]].concat();
-        let found = run(&mut place, &model.batch(2, second, seqs, KvType::F32), &input);
+        let found = guarded(&mut place, &model.batch(2, second, seqs, KvType::F32), &input);
         assert_close(&found, &[&ya[70 * width..], &yb[4 * width..]].concat(), 3e-5, &device.to_string());
     }
 }
@@ -185,7 +185,7 @@ fn ranks_with_uneven_heads_share_the_head_at_their_border() {
         let x = Numbers::new(6).take(30 * HIDDEN);
         let batch = model.batch(1, rows(0, 0..30), vec![Seq { pages: vec![6], first_page: 0 }], KvType::F32);
         let expected = by_rank(&model, &attend(&model, &x, KvType::F32));
-        assert_close(&run(&mut place, &batch, &x), &expected, 3e-5, &device.to_string());
+        assert_close(&guarded(&mut place, &batch, &x), &expected, 3e-5, &device.to_string());
     }
 }
 
@@ -197,7 +197,7 @@ fn heads_of_512_fit() {
         let x = Numbers::new(8).take(3 * HIDDEN);
         let batch = model.batch(1, rows(0, 0..3), vec![Seq { pages: vec![0], first_page: 0 }], KvType::F16);
         let expected = attend(&model, &x, KvType::F16);
-        assert_close(&run(&mut place, &batch, &x), &expected, tolerance(KvType::F16), &device.to_string());
+        assert_close(&guarded(&mut place, &batch, &x), &expected, tolerance(KvType::F16), &device.to_string());
     }
 }
 
@@ -247,7 +247,37 @@ fn many_sequences_may_share_all_pages() {
         let x = Numbers::new(5).take(HIDDEN);
         let seq = Seq { pages: (0..ROOM.pages as u32).collect(), first_page: 0 };
         let rows: Vec<Row> = (0..ROOM.rows as u32).map(|seq| Row { seq, pos: 0 }).collect();
-        let found = run(&mut place, &model.batch(1, rows, vec![seq; ROOM.rows], KvType::F32), &x.repeat(ROOM.rows));
+        let found = guarded(&mut place, &model.batch(1, rows, vec![seq; ROOM.rows], KvType::F32), &x.repeat(ROOM.rows));
         assert_close(&found, &attend(&model, &x, KvType::F32).repeat(ROOM.rows), 3e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn keys_and_values_are_written_where_they_belong_and_nowhere_else() {
+    const GUARD: u32 = 0xdead_beef;
+    for device in gpus() {
+        for kv in [KvType::F32, KvType::F16] {
+            let (head_dim, n_kv_heads) = (10, 2);
+            let model = model(head_dim, 4, n_kv_heads, &[0, 4]);
+            let mut place = model.on(&device, ROOM).unwrap();
+            let words = place.caches.all[0].keys.size() as usize / 4;
+            for buffer in [&place.caches.all[0].keys, &place.caches.all[0].values] {
+                place.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(&vec![GUARD; words]));
+            }
+            // Positions 5 to 9 of page 3, and the first of page 1.
+            let seqs = vec![Seq { pages: vec![3], first_page: 0 }, Seq { pages: vec![1], first_page: 0 }];
+            let batch = model.batch(1, [rows(0, 5..10), rows(1, 0..1)].concat(), seqs, kv);
+            run(&mut place, &batch, &Numbers::new(3).take(6 * HIDDEN));
+            let head_words = head_dim * if kv == KvType::F32 { 4 } else { 2 } / 4;
+            for buffer in [&place.caches.all[0].keys, &place.caches.all[0].values] {
+                let found: Vec<u32> = download(&place.gpu, buffer);
+                for (at, word) in found.iter().enumerate() {
+                    let (slot, page_len) = (at / head_words, kv.page_len());
+                    let (page, position) = (slot / page_len / n_kv_heads, slot % page_len);
+                    let is_ours = (page == 3 && (5..10).contains(&position)) || (page == 1 && position == 0);
+                    assert_eq!(*word != GUARD, is_ours, "{device} {kv:?}: word {at}, position {position} of page {page}");
+                }
+            }
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Each op but attention, on odd sizes.
 
-use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, linear, matrix, quantised, run, tunings};
+use super::rig::{Model, Numbers, ROOM, assert_close, f64s, gpus, gpus_named, guarded, linear, matrix, quantised, tunings};
 use crate::backend::{Place, Room};
 use crate::device::Device;
 use crate::kernels::matrix::{DType, Matrix};
@@ -42,7 +42,7 @@ fn rms_norm_divides_by_the_root_of_the_mean_square() {
                             x.iter().zip(&w).map(|(x, w)| x * scale * f64::from(*w)).collect::<Vec<_>>()
                         })
                         .collect();
-                    let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+                    let found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
                     assert_close(&found, &expected, 1e-5, &format!("{device} {tuning:?} {dtype:?} {rows} x {hidden}"));
                 }
             }
@@ -67,7 +67,7 @@ fn check_linear(device: &Device, dtype: DType, format: Option<QuantFormat>, hidd
         let mut place = model.place(device, tuning, ROOM);
         for rows in [1, 3, 8, 70] {
             let x = numbers.take(rows * hidden);
-            let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+            let found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
             let what = format!("{device} {tuning:?} {dtype:?} {format:?} {rows} rows of {hidden} to {channels}");
             assert_close(&found, &linear(&f64s(&x), &weight), 2e-5, &what);
         }
@@ -116,7 +116,7 @@ fn more_workgroups_than_a_dimension_holds_are_folded() {
         });
         let mut place = model.on(&device, Room { rows: 1, wanted: 1, pages: 1 }).unwrap();
         let x = numbers.take(hidden);
-        assert_close(&run(&mut place, &model.rows(1, 1), &x), &linear(&f64s(&x), &weight), 1e-5, &device.to_string());
+        assert_close(&guarded(&mut place, &model.rows(1, 1), &x), &linear(&f64s(&x), &weight), 1e-5, &device.to_string());
     }
 }
 
@@ -149,7 +149,7 @@ fn ranks_of_a_place_sum_their_partial_results_on_the_device() {
             let mut place = model.on(&device, ROOM).unwrap();
             for rows in [1, 20] {
                 let x = numbers.take(rows * hidden);
-                let found = run(&mut place, &model.rows(rows as u64, rows), &x);
+                let found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
                 assert_close(&found, &linear(&linear(&f64s(&x), &up), &down), 1e-4, &format!("{device} {cut:?} {format:?} {rows}"));
             }
             if format.is_none() {
@@ -177,7 +177,7 @@ fn sharded_results_are_read_rank_behind_rank() {
         let mut place = model.on(&device, ROOM).unwrap();
         let x = numbers.take(2 * hidden);
         let expected: Vec<f64> = cuts.iter().flat_map(|c| linear(&f64s(&x), &weight.slice(c.clone(), 0..hidden))).collect();
-        assert_close(&run(&mut place, &model.rows(1, 2), &x), &expected, 1e-5, &device.to_string());
+        assert_close(&guarded(&mut place, &model.rows(1, 2), &x), &expected, 1e-5, &device.to_string());
     }
 }
 
@@ -197,7 +197,7 @@ fn swiglu_holds_for_inputs_of_any_size() {
         // Where exp would overflow if it were taken of the wrong sign.
         x[..8].copy_from_slice(&[0.0, 1000.0, -1000.0, 90.0, -90.0, -20.0, 1e-6, -1e-6]);
         let expected: Vec<f64> = f64s(&x).iter().map(|g| g / (1.0 + (-g).exp()) * g).collect();
-        assert_close(&run(&mut place, &model.rows(1, 5), &x), &expected, 1e-5, &device.to_string());
+        assert_close(&guarded(&mut place, &model.rows(1, 5), &x), &expected, 1e-5, &device.to_string());
     }
 }
 
@@ -217,12 +217,24 @@ fn add_sums_and_take_rows_picks_the_wanted() {
         let mut batch = model.rows(1, 40);
         batch.wanted = vec![0, 17, 39];
         let expected: Vec<f64> = batch.wanted.iter().flat_map(|&r| f64s(&x[r as usize * width..][..width])).map(|x| 2.0 * x).collect();
-        assert_close(&run(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
+        assert_close(&guarded(&mut place, &batch, &x), &expected, 1e-6, &device.to_string());
 
         // None wanted: the rest runs, nothing is read.
         let before = place.counts().dispatches;
         let batch = crate::backend::Batch { wanted: vec![], number: 2, ..batch };
-        assert_eq!(run(&mut place, &batch, &x), [0.0; 0], "{device}");
+        assert_eq!(guarded(&mut place, &batch, &x), [0.0; 0], "{device}");
         assert_eq!(place.counts().dispatches - before, 2, "{device}");
+    }
+}
+
+/// For runs of these tests in processes of their own, one for each width.
+#[test]
+fn software_subgroups_are_as_wide_as_the_environment_asks() {
+    let Ok(bits) = std::env::var("LP_NATIVE_VECTOR_WIDTH") else { return };
+    let lanes = bits.parse::<u32>().unwrap() / 32;
+    for device in gpus_named("llvmpipe") {
+        if let Some(sizes) = device.limits().unwrap().subgroup_sizes {
+            assert_eq!(sizes, (lanes, lanes), "{device}");
+        }
     }
 }

@@ -8,6 +8,9 @@ use std::time::Duration;
 
 use crate::backend::cpu::{CpuPlace, Threads};
 use crate::backend::wgpu::GpuPlace;
+use crate::backend::wgpu::gpu::Gpu;
+use crate::backend::wgpu::lower::Activation;
+use crate::backend::wgpu::tune::Tuner;
 use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
 use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Packing, Place, Room, Row, Seq};
 use crate::config::Config;
@@ -109,6 +112,11 @@ pub(super) fn f64s(values: &[f32]) -> Vec<f64> {
 #[track_caller]
 pub(super) fn assert_close(found: &[f32], expected: &[f64], tolerance: f64, what: &str) {
     assert_eq!(found.len(), expected.len(), "{what}");
+    // The normalised mean square error: for f32 weights and caches 1e-7 is asked for, for others 1e-6.
+    let square = |v: f64| v * v;
+    let (error, size) = found.iter().zip(expected).fold((0.0, 0.0), |(n, s), (f, e)| (n + square(f64::from(*f) - e), s + square(*e)));
+    let most = if tolerance < 1e-3 { 1e-7 } else { 1e-6 };
+    assert!(error <= most * size, "{what}: the normalised mean square error is {:e}, above {most:e}", error / size);
     for (i, (f, e)) in found.iter().zip(expected).enumerate() {
         let error = (f64::from(*f) - e).abs();
         assert!(error <= tolerance * (1.0 + e.abs()), "{what}: value {i} is {f}, not {e} (tolerance {tolerance})");
@@ -168,6 +176,7 @@ impl Model {
         with(Assignment {
             stage: 0,
             stays: false,
+            tune: false,
             ranks: (0..self.partition.ranks.len()).collect(),
             plan: &self.plan,
             config: &self.config,
@@ -178,7 +187,8 @@ impl Model {
     }
 
     pub(super) fn place(&self, device: &Device, tuning: Tuning, room: Room) -> GpuPlace {
-        self.assign(|assignment| GpuPlace::with_tuning(device, assignment, room, tuning, &pool(), &mut Opened::default())).unwrap()
+        self.assign(|assignment| GpuPlace::with_tuner(device, assignment, room, Tuner::defaults(tuning), &pool(), &mut Opened::default()))
+            .unwrap()
     }
 
     pub(super) fn on(&self, device: &Device, room: Room) -> Result<GpuPlace> {
@@ -214,6 +224,42 @@ pub(super) const ROOM: Room = Room { rows: 70, wanted: 70, pages: 12 };
 /// Launches the plan's only segment, waits, and reads.
 pub(super) fn run(place: &mut dyn Place, batch: &Batch, input: &[f32]) -> Vec<f32> {
     try_run(place, batch, input).unwrap()
+}
+
+/// [`run`], with guard bands: in every activation, nothing is written to rows that the batch doesn't have, nor behind a row's width.
+pub(super) fn guarded(place: &mut GpuPlace, batch: &Batch, input: &[f32]) -> Vec<f32> {
+    const GUARD: f32 = -12345.5;
+    let activations = place.activations.clone();
+    let from = |part: &Activation| part.rows.of(batch) * part.stride();
+    for part in &activations {
+        let mut values = vec![GUARD; part.buffer.size() as usize / 4];
+        values[..from(part)].fill(0.0);
+        place.gpu.queue.write_buffer(&part.buffer, 0, bytemuck::cast_slice(&values));
+    }
+    let output = run(place, batch, input);
+    for part in &activations {
+        let values: Vec<f32> = download(&place.gpu, &part.buffer);
+        let (rows, guards) = values.split_at(from(part));
+        assert!(guards.iter().all(|v| *v == GUARD), "{}: written behind the last row", place.device());
+        for row in rows.chunks_exact(part.stride().max(1)) {
+            let (lead, rest) = row.split_at(part.part.lead);
+            assert!(lead.iter().chain(&rest[part.part.width..]).all(|v| *v == 0.0), "{}: written beside a row", place.device());
+        }
+    }
+    output
+}
+
+/// What a buffer of a device holds.
+pub(super) fn download<T: bytemuck::Pod>(gpu: &Gpu, buffer: &wgpu::Buffer) -> Vec<T> {
+    let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+    let staging = gpu.buffer("what a test looks at", buffer.size(), usage).unwrap();
+    let mut encoder = gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    encoder.copy_buffer_to_buffer(buffer, 0, &staging, 0, buffer.size());
+    let index = gpu.queue.submit([encoder.finish()]);
+    staging.map_async(wgpu::MapMode::Read, .., |mapped| mapped.unwrap());
+    gpu.finish(&index).unwrap();
+    let view = staging.get_mapped_range(..).unwrap();
+    bytemuck::cast_slice(&view).to_vec()
 }
 
 pub(super) fn try_run(place: &mut dyn Place, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {

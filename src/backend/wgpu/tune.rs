@@ -1,0 +1,262 @@
+//! [`Tuner`]: chooses the variant of a linear layer by measuring, the first time that an adapter meets a shape.
+
+use std::num::NonZero;
+use std::time::{Duration, Instant};
+
+use super::adapters::Adapter;
+use super::dispatch::{Size, fold};
+use super::gpu::{Gpu, Owner};
+use super::room::Bounds;
+use super::shaders::{Finish, Kernel, Pipelines, Shape};
+use super::tuned::Tuned;
+use super::tuning::{Few, Linear, Tile, Tuning};
+use super::weights::{BLOCK, Format, TILE};
+use crate::device::{Device, KernelTime};
+use crate::error::{Error, Result};
+
+/// Smaller weights take whatever the adapter's defaults are: what they cost is launching.
+const SMALLEST: usize = 1 << 20;
+
+/// The most that the copies of a weight take that are read in turn, so that a cache doesn't hold them all.
+const COPIES: usize = 128 << 20;
+
+/// How long a measurement of one variant may take, without its compilation.
+const SHORT: Duration = Duration::from_millis(4);
+
+/// Rounds of a report.
+const ROUNDS: usize = 7;
+
+/// Rows at which variants for few and for many are compared.
+const FEW: usize = 8;
+const MANY: usize = 64;
+
+/// The shape of a linear layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Layer {
+    pub format: Format,
+    pub blocks: usize,
+    pub tiles: usize,
+}
+
+impl Layer {
+    fn bytes(self) -> usize {
+        self.format.block_bytes() * self.blocks * self.tiles
+    }
+
+    /// The name that a choice is kept under.
+    fn key(self) -> String {
+        format!("{:?} {} x {}", self.format, self.tiles * TILE, self.blocks * BLOCK)
+    }
+}
+
+/// Chooses variants for one adapter.
+pub(super) struct Tuner {
+    base: Tuning,
+    /// Where choices are kept; `None` takes the defaults for all.
+    tuned: Option<Tuned>,
+}
+
+impl Tuner {
+    /// The adapter's defaults, for all shapes alike.
+    pub(super) fn defaults(base: Tuning) -> Self {
+        Self { base, tuned: None }
+    }
+
+    /// Measures, and takes what was measured before.
+    pub(super) fn measuring(adapter: &Adapter) -> Self {
+        Self { base: Tuning::of(adapter), tuned: Some(Tuned::of(adapter)) }
+    }
+
+    pub(super) fn base(&self) -> Tuning {
+        self.base
+    }
+
+    /// How a layer of this shape is computed.
+    pub(super) fn linear(&mut self, gpu: &Gpu, pipelines: &mut Pipelines<'_>, layer: Layer) -> Result<Linear> {
+        let Some(tuned) = self.tuned.as_mut().filter(|_| layer.bytes() >= SMALLEST) else { return Ok(self.base.linear) };
+        let key = layer.key();
+        if let Some(linear) = tuned.get(&key) {
+            return Ok(linear);
+        }
+        let linear = choose(gpu, pipelines, layer, self.base.linear)?;
+        tuned.keep(key, linear);
+        Ok(linear)
+    }
+}
+
+const fn one(tiles: u32, slices: u32) -> Few {
+    Few { tiles, rows: 1, slices }
+}
+
+/// Workgroups for one row that are tried.
+const ONE: [Few; 10] = [one(4, 1), one(2, 1), one(8, 1), one(1, 1), one(1, 8), one(1, 4), one(2, 4), one(4, 4), one(2, 8), one(1, 16)];
+
+/// For several.
+const SEVERAL: [Few; 5] = [
+    Few { tiles: 4, rows: 4, slices: 1 },
+    Few { tiles: 2, rows: 4, slices: 1 },
+    Few { tiles: 1, rows: 4, slices: 8 },
+    Few { tiles: 2, rows: 4, slices: 4 },
+    Few { tiles: 1, rows: 8, slices: 4 },
+];
+
+const TILES: [Tile; 3] =
+    [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 2, across: 4 }];
+
+fn choose(gpu: &Gpu, pipelines: &mut Pipelines<'_>, layer: Layer, base: Linear) -> Result<Linear> {
+    let bench = Bench::new(gpu, layer)?;
+    let few = |few| Kernel::Linear(layer.format, Finish::Store, few);
+    let one = bench.fastest(pipelines, &ONE.map(few), 1)?;
+    let several = bench.fastest(pipelines, &SEVERAL.map(few), FEW)?;
+    let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None };
+    if let Some((least, _)) = base.many {
+        let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.fits(gpu)).collect();
+        let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearTile(layer.format, Finish::Store, tile)).collect();
+        let (tile, time) = bench.fastest(pipelines, &kernels, MANY)?;
+        if time < bench.time(pipelines, few(linear.few), MANY, Duration::MAX)? {
+            linear.many = Some((least, tiles[tile]));
+        }
+    }
+    Ok(linear)
+}
+
+impl Tile {
+    fn fits(self, gpu: &Gpu) -> bool {
+        // Both operands, and the levels of iq4_nl.
+        let bytes = self.side * (self.down + self.across) * 8 * 16 + 64;
+        bytes <= gpu.device.limits().max_compute_workgroup_storage_size
+    }
+}
+
+/// How long every variant for one row takes, measured in turn for several rounds, and which one a model would take after its short measurement.
+pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, out: usize, cols: usize) -> Result<Vec<KernelTime>> {
+    let owner = Owner { stage: 0, ranks: Vec::new(), device: device.to_string() };
+    let Some(format) = Format::ALL.into_iter().find(|format| format.name() == weights) else {
+        let right = "weights are f32, f16, bf16, q8_0, q4_0 or iq4_nl";
+        return Err(Error::Option { option: "--weights", value: weights.into(), right });
+    };
+    let layer = Layer { format, blocks: cols.div_ceil(BLOCK), tiles: out.div_ceil(TILE) };
+    let most = Bounds::of(device, adapter).binding;
+    if layer.bytes() == 0 || layer.bytes() as u64 > most {
+        let problem = format!("a weight of {out} x {cols} takes {} bytes: measured are those of 1 to {most}", layer.bytes());
+        return Err(owner.error(problem));
+    }
+    let gpu = Gpu::open(adapter, most, owner)?;
+    let mut pipelines = Pipelines::new(&gpu.device, Tuning::of(adapter), 64);
+    let bench = Bench::new(&gpu, layer)?;
+    let kernels = ONE.map(|few| Kernel::Linear(format, Finish::Store, few));
+    let (chosen, _) = bench.fastest(&mut pipelines, &kernels, 1)?;
+    let mut times = [Duration::MAX; ONE.len()];
+    for _ in 0..ROUNDS {
+        for (time, &kernel) in times.iter_mut().zip(&kernels) {
+            *time = (*time).min(bench.time(&mut pipelines, kernel, 1, Duration::MAX)?);
+        }
+    }
+    let name = |Few { tiles, slices, .. }| format!("{} outputs, {slices} slices", tiles * TILE as u32);
+    Ok(ONE.into_iter().zip(times).enumerate().map(|(i, (few, time))| KernelTime { name: name(few), time, chosen: i == chosen }).collect())
+}
+
+/// A linear layer of nothing but zeros.
+struct Bench<'a> {
+    gpu: &'a Gpu,
+    layer: Layer,
+    weights: Vec<wgpu::Buffer>,
+    x: wgpu::Buffer,
+    y: wgpu::Buffer,
+    shape: wgpu::Buffer,
+    counts: wgpu::Buffer,
+}
+
+impl<'a> Bench<'a> {
+    fn new(gpu: &'a Gpu, layer: Layer) -> Result<Self> {
+        use wgpu::BufferUsages as Usage;
+        let (columns, outs) = (layer.blocks * BLOCK, layer.tiles * TILE);
+        let buffer = |bytes: usize, usage| gpu.buffer("what kernels are measured with", bytes as u64, usage | Usage::COPY_DST);
+        let copies = (COPIES / layer.bytes()).clamp(1, 4);
+        let shape = Shape {
+            width: columns as u32,
+            width4: (columns / 4) as u32,
+            stride: outs as u32,
+            blocks: layer.blocks as u32,
+            out: outs as u32,
+            ..Shape::default()
+        };
+        let bench = Self {
+            gpu,
+            layer,
+            weights: (0..copies).map(|_| buffer(layer.bytes(), Usage::STORAGE)).collect::<Result<_>>()?,
+            x: buffer(4 * MANY * columns, Usage::STORAGE)?,
+            y: buffer(4 * MANY * outs, Usage::STORAGE)?,
+            shape: buffer(size_of::<Shape>(), Usage::UNIFORM)?,
+            counts: buffer(16, Usage::UNIFORM)?,
+        };
+        gpu.queue.write_buffer(&bench.shape, 0, bytemuck::bytes_of(&shape));
+        Ok(bench)
+    }
+
+    /// The fastest of some kernels, and how long it takes.
+    fn fastest(&self, pipelines: &mut Pipelines<'_>, kernels: &[Kernel], rows: usize) -> Result<(usize, Duration)> {
+        let mut times = Vec::new();
+        let mut best = Duration::MAX;
+        for &kernel in kernels {
+            times.push(self.time(pipelines, kernel, rows, best)?);
+            best = best.min(times[times.len() - 1]);
+        }
+        // Those that are close to the best once more, now that all are compiled.
+        let close = best + best / 4;
+        for (time, &kernel) in times.iter_mut().zip(kernels) {
+            if *time <= close {
+                *time = (*time).min(self.time(pipelines, kernel, rows, Duration::MAX)?);
+            }
+        }
+        Ok(times.into_iter().enumerate().min_by_key(|(_, time)| *time).unwrap_or((0, Duration::MAX)))
+    }
+
+    /// How long a kernel takes for so many rows. It is not measured again where the first time is far above `best`.
+    fn time(&self, pipelines: &mut Pipelines<'_>, kernel: Kernel, rows: usize, best: Duration) -> Result<Duration> {
+        let variants = match kernel {
+            Kernel::Linear(_, _, few) => Linear { one: few, few, many: None },
+            Kernel::LinearTile(_, _, tile) => Linear { many: Some((0, tile)), ..Tuning::HARDWARE.linear },
+            _ => unreachable!("only linear layers are tuned"),
+        };
+        let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).for_rows(rows);
+        let (x, y) = fold(groups, self.gpu.device.limits().max_compute_workgroups_per_dimension as usize);
+        let pipeline = self.gpu.scoped("pipelines", 0, || pipelines.get(kernel))?;
+        let layout = pipelines.layout(kernel).clone();
+        let binds: Vec<_> = self.weights.iter().map(|weights| self.bind(&layout, weights)).collect();
+        self.gpu.queue.write_buffer(&self.counts, 0, bytemuck::cast_slice(&[rows as u32, rows as u32, 0, 0]));
+        let run = |n: usize| {
+            let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            pass.set_pipeline(&pipeline);
+            for bind in binds.iter().cycle().take(n) {
+                pass.set_bind_group(0, bind, &[]);
+                pass.dispatch_workgroups(x, y, 1);
+            }
+            drop(pass);
+            let start = Instant::now();
+            let index = self.gpu.queue.submit([encoder.finish()]);
+            self.gpu.finish(&index)?;
+            Ok(start.elapsed() / n as u32)
+        };
+        // Many drivers compile at the first use.
+        run(1)?;
+        let mut time = run(1)?;
+        if time > 2 * best.min(Duration::MAX / 2) {
+            return Ok(time);
+        }
+        let n = (SHORT.as_nanos() / time.as_nanos().max(1) / 3).clamp(1, 32) as usize;
+        for _ in 0..3 {
+            time = time.min(run(n)?);
+        }
+        Ok(time)
+    }
+
+    fn bind(&self, layout: &wgpu::BindGroupLayout, weights: &wgpu::Buffer) -> wgpu::BindGroup {
+        let shape = wgpu::BufferBinding { buffer: &self.shape, offset: 0, size: NonZero::new(size_of::<Shape>() as u64) };
+        let buffers = [&self.counts, weights, &self.x, &self.y].map(wgpu::Buffer::as_entire_binding);
+        let resources = std::iter::once(wgpu::BindingResource::Buffer(shape)).chain(buffers);
+        let entries: Vec<_> = resources.enumerate().map(|(i, resource)| wgpu::BindGroupEntry { binding: i as u32, resource }).collect();
+        self.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
+    }
+}
