@@ -66,8 +66,22 @@ fn every_pair_of_adapters_runs_and_all_of_them_with_the_cpu() {
     for name in fixture::ALL {
         check(name, gpus[..2].to_vec(), &ParallelConfig::default());
     }
+}
+
+#[test]
+fn all_adapters_and_the_cpu_run_every_fixture_in_one_group_with_even_and_weighted_shares() {
+    let gpus = at_least(2);
+    if gpus.is_empty() {
+        return;
+    }
     let all: Vec<Device> = gpus.into_iter().chain([Device::cpu()]).take(9).collect();
-    check("uneven", all, &ParallelConfig::default());
+    for name in fixture::ALL {
+        let heads = fixture::load(name).config().n_heads;
+        let some: Vec<Device> = all.iter().take(heads).cloned().collect();
+        let shares: Vec<f64> = (0..some.len()).map(|i| [1.0, 3.0, 2.0][i % 3]).collect();
+        check(name, some.clone(), &ParallelConfig::default());
+        check(name, some, &ParallelConfig::default().with_shares(shares));
+    }
 }
 
 #[test]

@@ -4,7 +4,9 @@ mod common;
 
 use common::{Spec, fixture, write_checkpoint};
 use safetensors::SafeTensors;
-use torchless::{InferenceState, Parameters, TensorParallelConfig, TensorParallelMistral, score};
+use torchless::{
+    Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelConfig, TensorParallelMistral, score,
+};
 
 fn load(params: Parameters, ranks: usize) -> TensorParallelMistral {
     TensorParallelMistral::load(params, TensorParallelConfig::new(ranks, 0)).unwrap()
@@ -83,4 +85,25 @@ fn a_text_in_parts_costs_what_it_costs_at_once() {
     assert_eq!(score(&model, &mut state, &[], false).unwrap().tokens, 0);
     assert!(score(&model, &mut state, &[1, 2, 5000], false).unwrap_err().to_string().contains("token 5000"));
     assert!(score(&model, &mut state, &vec![5; 513], false).unwrap_err().to_string().contains("context of 512"));
+}
+
+/// A fast GPU grid computes with the CPU's weights, and rounds its cache as the CPU does.
+#[test]
+fn a_gpu_grid_foretells_stories_as_well_as_the_cpu_in_every_format() {
+    let Some(gpu) = common::gpus().into_iter().next_back() else { return };
+    let params = Parameters::load(fixture::stories()).unwrap();
+    let text = std::fs::read_to_string(fixture::path("../data/held-out-stories.txt")).unwrap();
+    let story = text.split("</s><s>").next().unwrap();
+    let ids = params.tokenizer().unwrap().encode(story).unwrap();
+    for format in [None, Some(QuantFormat::Q8_0), Some(QuantFormat::Q4_0), Some(QuantFormat::Iq4Nl)] {
+        let mut config = ParallelConfig::default();
+        config.weights = format;
+        let isolated = gpu.clone().isolated();
+        let perplexity = |devices: Vec<Device>| {
+            let model = TensorParallelMistral::load_grid(params.clone(), config.clone(), devices).unwrap();
+            score(&model, &mut InferenceState::with_kv(model.config(), KvType::F16), &ids, false).unwrap().perplexity()
+        };
+        let [on_gpus, on_cpu] = [vec![isolated.clone(), isolated], vec![Device::cpu()]].map(perplexity);
+        assert!((on_gpus / on_cpu - 1.0).abs() < 1e-3, "{format:?}: {on_gpus} on {gpu}, {on_cpu} on the CPU");
+    }
 }
