@@ -1,4 +1,5 @@
-// y = softmax(q k^T / sqrt(head_dim)) v over the positions that a row sees: a workgroup a (row, head).
+// y = softmax(q k^T / sqrt(head_dim)) v over the positions that a row sees: a workgroup a (row, head), or a (row, head, span of positions),
+// whose parts shaders/attend_merge.wgsl puts together.
 //
 // It walks the positions in blocks of 64, a lane each, with an online softmax: what was summed before is scaled down when a
 // block holds a larger score. Nothing masked is infinite, and no exponent is above 0.
@@ -8,6 +9,7 @@
 @group(0) @binding(5) var<storage, read> values: array<u32>;
 @group(0) @binding(6) var<storage, read> positions: array<vec2<u32>>;   // [rows]: table of the sequence, position
 @group(0) @binding(7) var<storage, read> tables: array<u32>;            // pages of all sequences
+@group(0) @binding(8) var<storage, read_write> parts: array<f32>;       // [rows, heads, spans, 2 HALF_HEAD + 2]
 
 override HALF_HEAD: u32 = 32u; // shape.half_head, for the arrays
 
@@ -35,8 +37,10 @@ fn value2(pair: u32) -> vec2<f32> {
 @compute @workgroup_size(BLOCK)
 fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>) {
     let index = folded(group, groups);
-    let row = index / shape.heads;
-    let head = index % shape.heads;
+    let spans = counts.z;
+    let row = index / (shape.heads * spans);
+    let head = index / spans % shape.heads;
+    let span = index % spans;
     if (row >= row_count()) {
         return;
     }
@@ -49,14 +53,19 @@ fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgr
 
     let kv_head = (shape.first_head + head) / shape.group - shape.first_kv_head;
     let place = positions[row];
-    let last = place.y;
+    var last = place.y;
     var first = 0u;
     if (shape.window > 0u && last + 1u > shape.window) {
         first = last + 1u - shape.window;
     }
+    if (spans > 1u) {
+        first = max(first, span * counts.w);
+        last = min(last, (span + 1u) * counts.w - 1u);
+    }
     var top = LOWEST;
     var total = 0.0;
-    for (var block = first / BLOCK; block <= last / BLOCK; block++) {
+    // A span that the row sees nothing of has its first position behind its last.
+    for (var block = first / BLOCK; block * BLOCK <= last && first <= last; block++) {
         // A block lies within one page.
         let start = block * BLOCK;
         let pairs = kv_pair(place.x, start, kv_head);
@@ -88,6 +97,18 @@ fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgr
         }
         workgroupBarrier(); // the next block writes shares
         top = new_top;
+    }
+    if (spans > 1u) {
+        let at = index * (2u * HALF_HEAD + 2u);
+        for (var i = lane.index; i < HALF_HEAD; i += BLOCK) {
+            parts[at + 2u * i] = sums[i].x;
+            parts[at + 2u * i + 1u] = sums[i].y;
+        }
+        if (lane.index == 0u) {
+            parts[at + 2u * HALF_HEAD] = top;
+            parts[at + 2u * HALF_HEAD + 1u] = total;
+        }
+        return;
     }
     for (var i = lane.index; i < HALF_HEAD; i += BLOCK) {
         let mean = sums[i] / total;

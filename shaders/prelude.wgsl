@@ -24,7 +24,7 @@ struct Shape {
 }
 
 @group(0) @binding(0) var<uniform> shape: Shape;
-@group(0) @binding(1) var<uniform> counts: vec4<u32>; // rows, wanted rows, unused, unused
+@group(0) @binding(1) var<uniform> counts: vec4<u32>; // rows, wanted rows, spans that attention is split into, positions in each
 
 // Invocations in a workgroup.
 override WG: u32 = 64u;

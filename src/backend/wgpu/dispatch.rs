@@ -3,7 +3,7 @@
 use super::shaders::ELEMENTS;
 use super::tuning::Linear;
 use super::weights::TILE;
-use crate::backend::{Batch, KvType};
+use crate::backend::{BLOCK, Batch, KvType};
 use crate::plan::Rows;
 
 /// How many workgroups a dispatch needs.
@@ -15,6 +15,32 @@ pub(super) enum Size {
     Elements(usize),
     /// A linear layer's, with so many rows of its weight.
     Linear(usize, Linear),
+    /// Attention's, with so many heads, each split into spans of positions.
+    Spans(usize, Option<Split>),
+    /// [`Self::Elements`] of what merges several spans.
+    Merge(usize, Option<Split>),
+}
+
+/// How attention is split into spans of positions where a batch has few rows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Split {
+    /// In a span, a multiple of 64; more where there would be too many spans.
+    pub positions: u32,
+    /// Spans.
+    pub most: u32,
+}
+
+impl Split {
+    /// Batches of more rows keep a device busy as they are.
+    pub(super) const ROWS: usize = 8;
+
+    /// Spans for a batch, and the positions in each.
+    pub(super) fn spans(split: Option<Self>, batch: &Batch) -> [u32; 2] {
+        let Some(Self { positions, most }) = split.filter(|_| batch.rows.len() <= Self::ROWS) else { return [1, 0] };
+        let all = batch.rows.iter().map(|row| row.pos + 1).max().unwrap_or(1);
+        let span = positions.max(all.div_ceil(most).next_multiple_of(BLOCK as u32));
+        [all.div_ceil(span), span]
+    }
 }
 
 pub(super) struct Dispatch {
@@ -26,11 +52,13 @@ pub(super) struct Dispatch {
 }
 
 impl Size {
-    /// Which of its pipelines takes so many rows, and in how many workgroups.
-    pub(super) fn for_rows(self, rows: usize) -> (usize, usize) {
+    /// Which of its pipelines takes so many rows, whose attention is split so, and in how many workgroups.
+    pub(super) fn groups(self, rows: usize, spans: usize) -> (usize, usize) {
         match self {
             Self::Groups(n) => (0, rows * n),
-            Self::Elements(n) => (0, (rows * n).div_ceil(ELEMENTS as usize)),
+            Self::Spans(n, _) => (0, rows * n * spans),
+            Self::Merge(..) if spans == 1 => (0, 0),
+            Self::Elements(n) | Self::Merge(n, _) => (0, (rows * n).div_ceil(ELEMENTS as usize)),
             Self::Linear(out, Linear { many: Some((least, tile)), .. }) if rows >= least => {
                 (2, rows.div_ceil((tile.side * tile.down) as usize) * out.div_ceil((tile.side * tile.across) as usize))
             }
@@ -43,15 +71,15 @@ impl Size {
 }
 
 impl Dispatch {
-    /// Encodes it, unless the batch has none of its rows. Answers whether it did.
+    /// Encodes it, unless the batch has nothing for it to do. Answers whether it did.
     ///
     /// `most`: workgroups in one dimension of a grid.
     pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, batch: &Batch, most: u32) -> bool {
-        let rows = self.rows.of(batch);
-        if rows == 0 {
+        let [spans, _] = if let Size::Spans(_, split) | Size::Merge(_, split) = self.size { Split::spans(split, batch) } else { [1, 0] };
+        let (pipeline, groups) = self.size.groups(self.rows.of(batch), spans as usize);
+        if groups == 0 {
             return false;
         }
-        let (pipeline, groups) = self.size.for_rows(rows);
         let (x, y) = fold(groups, most as usize);
         pass.set_pipeline(&self.pipelines[usize::from(batch.kv == KvType::F16)][pipeline]);
         pass.set_bind_group(0, &self.bind, &[]);
@@ -68,6 +96,25 @@ pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::{Numerics, Row};
+
+    #[test]
+    fn spans_cover_all_positions_and_are_never_too_many() {
+        let batch = |rows: u32, pos: u32| {
+            let rows = (0..rows).map(|i| Row { seq: 0, pos: pos + i }).collect();
+            let (seqs, wanted, copies, rope) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast }
+        };
+        let split = Some(Split { positions: 512, most: 16 });
+        for (rows, pos, expected) in
+            [(1, 0, [1, 512]), (1, 511, [1, 512]), (1, 512, [2, 512]), (8, 508, [2, 512]), (9, 4000, [1, 0]), (1, 99_999, [16, 6272])]
+        {
+            let [spans, span] = Split::spans(split, &batch(rows, pos));
+            assert_eq!([spans, span], expected, "{rows} rows from {pos}");
+            assert!(spans == 1 || spans * span > pos + rows - 1, "{rows} rows from {pos}");
+        }
+        assert_eq!(Split::spans(None, &batch(1, 5000)), [1, 0]);
+    }
 
     #[test]
     fn grids_beyond_a_dimension_are_folded_without_losing_a_group() {

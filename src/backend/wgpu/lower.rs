@@ -1,7 +1,7 @@
 //! Lowering: from a plan's ops to dispatches with their pipelines, bind groups and shapes, once, when a model is loaded.
 
 use super::cache::{Cache, Caches};
-use super::dispatch::{Dispatch, Size};
+use super::dispatch::{Dispatch, Size, Split};
 use super::gpu::Gpu;
 use super::moment::Moment;
 use super::room::{self, Bounds, Part};
@@ -69,6 +69,9 @@ pub(super) struct Lowerer<'a> {
     /// `[buf][rank]`, one rank where it is shared; empty until it is asked for, since steps don't use every buffer of the plan.
     activations: Vec<Vec<Activation>>,
     room: Room,
+    split: Option<Split>,
+    /// What attention leaves of every span of a batch's rows. All layers and ranks share it, one after the other.
+    parts: wgpu::Buffer,
     /// `[layer][rank]`.
     caches: Vec<Vec<Cache>>,
     calls: Vec<Call>,
@@ -77,15 +80,19 @@ pub(super) struct Lowerer<'a> {
 }
 
 impl<'a> Lowerer<'a> {
+    #[expect(clippy::too_many_arguments)] // all that a place consists of
     pub(super) fn new(
         gpu: &'a Gpu,
         bounds: Bounds,
         assignment: &'a Assignment<'a>,
         room: Room,
         moment: &'a Moment,
+        split: Option<Split>,
         tuner: Tuner,
         pool: &'a Pool,
     ) -> Result<Self> {
+        let bytes = split.map_or(0, |split| 4 * Split::ROWS * split.most as usize * room::part_of_attention(assignment));
+        let parts = gpu.buffer("parts of attention", bytes.max(16) as u64, wgpu::BufferUsages::STORAGE)?;
         let mut caches = Vec::new();
         for _ in 0..assignment.plan.layers {
             let mut parts = Vec::new();
@@ -105,6 +112,8 @@ impl<'a> Lowerer<'a> {
             pool,
             activations: vec![Vec::new(); assignment.plan.bufs.len()],
             room,
+            split,
+            parts,
             caches,
             calls: Vec::new(),
             weight_bytes: vec![0; assignment.ranks.len()],
@@ -112,7 +121,7 @@ impl<'a> Lowerer<'a> {
     }
 
     /// An activation's parts: one where it is shared, else one a rank.
-    pub(super) fn parts(&mut self, buf: Buf) -> Result<&[Activation]> {
+    pub(super) fn parts_of(&mut self, buf: Buf) -> Result<&[Activation]> {
         let parts = &mut self.activations[buf.0];
         if parts.is_empty() {
             let spec = &self.assignment.plan.bufs[buf.0];
@@ -254,19 +263,23 @@ impl<'a> Lowerer<'a> {
     fn attend(&mut self, layer: usize, q: Buf, y: Buf) -> Result<()> {
         for rank in 0..self.assignment.ranks.len() {
             let (q, y) = (self.part(q, rank)?, self.part(y, rank)?);
-            let cache = &self.caches[layer][rank];
             let shape = Shape { stride: y.stride() as u32, lead: y.part.lead as u32, ..self.heads(rank, &q) };
-            let groups = self.rank(rank).heads.len();
+            let (heads, head_dim) = (self.rank(rank).heads.len(), self.assignment.config.head_dim);
+            let cache = &self.caches[layer][rank];
             let Moment { positions, tables, .. } = self.moment;
-            let buffers = [&q.buffer, &y.buffer, &cache.keys, &cache.values, positions, tables].map(wgpu::Buffer::clone);
-            self.call(q.rows, Size::Groups(groups), |kv| vec![Kernel::Attend(kv)], shape, buffers.into())?;
+            let buffers = [&q.buffer, &y.buffer, &cache.keys, &cache.values, positions, tables, &self.parts].map(wgpu::Buffer::clone);
+            self.call(q.rows, Size::Spans(heads, self.split), |kv| vec![Kernel::Attend(kv)], shape, buffers.into())?;
+            if self.split.is_some() {
+                let buffers = vec![self.parts.clone(), y.buffer];
+                self.call(q.rows, Size::Merge(heads * head_dim, self.split), |_| vec![Kernel::AttendMerge], shape, buffers)?;
+            }
         }
         Ok(())
     }
 
     /// An op that treats every vector of 4 alike. `y` says how many there are.
     fn elementwise(&mut self, kernel: Kernel, y: Buf, bufs: &[Buf], moment: Option<&wgpu::Buffer>) -> Result<()> {
-        for rank in 0..self.parts(y)?.len() {
+        for rank in 0..self.parts_of(y)?.len() {
             let y = self.part(y, rank)?;
             let shape = Shape::of(&y);
             let mut buffers = bufs.iter().map(|&buf| self.part(buf, rank).map(|part| part.buffer)).collect::<Result<Vec<_>>>()?;
@@ -289,7 +302,7 @@ impl<'a> Lowerer<'a> {
 
     /// Hosted rank `rank`'s part of an activation.
     fn part(&mut self, buf: Buf, rank: usize) -> Result<Activation> {
-        let parts = self.parts(buf)?;
+        let parts = self.parts_of(buf)?;
         Ok(parts[rank.min(parts.len() - 1)].clone())
     }
 
@@ -323,7 +336,7 @@ impl<'a> Lowerer<'a> {
         shape: Shape,
         buffers: Vec<wgpu::Buffer>,
     ) -> Result<()> {
-        let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n, _)) = size;
+        let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n, _) | Size::Spans(n, _) | Size::Merge(n, _)) = size;
         if n == 0 {
             return Ok(());
         }

@@ -1,12 +1,13 @@
 //! The moment: what changes from batch to batch, in buffers that are sized at load.
 
+use super::dispatch::Split;
 use super::gpu::Gpu;
 use super::room::Bounds;
 use crate::backend::{Batch, Room};
 use crate::error::Result;
 
 pub(super) struct Moment {
-    /// `[4]`: rows and wanted rows.
+    /// `[4]`: rows, wanted rows, spans of positions and the positions in each.
     pub counts: wgpu::Buffer,
     /// `[rows, 2]`: where the table of the row's sequence starts, less its first page, wrapping; and the position.
     pub positions: wgpu::Buffer,
@@ -20,12 +21,13 @@ pub(super) struct Moment {
     entries: usize,
     room: Room,
     head_dim: usize,
+    split: Option<Split>,
     /// Of the batch that the buffers hold.
     number: Option<u64>,
 }
 
 impl Moment {
-    pub(super) fn new(gpu: &Gpu, bounds: Bounds, room: Room, head_dim: usize) -> Result<Self> {
+    pub(super) fn new(gpu: &Gpu, bounds: Bounds, room: Room, head_dim: usize, split: Option<Split>) -> Result<Self> {
         let buffer = |what: &str, words: usize, usage| gpu.buffer(what, 4 * words.max(4) as u64, usage | wgpu::BufferUsages::COPY_DST);
         let storage = wgpu::BufferUsages::STORAGE;
         // Sequences share pages, so that each may have all of them.
@@ -39,6 +41,7 @@ impl Moment {
             entries,
             room,
             head_dim,
+            split,
             number: None,
         })
     }
@@ -68,7 +71,8 @@ impl Moment {
             tables.extend_from_slice(&seq.pages);
         }
         let positions: Vec<[u32; 2]> = batch.rows.iter().map(|row| [starts[row.seq as usize], row.pos]).collect();
-        let counts = [rows as u32, wanted as u32, 0, 0];
+        let [spans, span] = Split::spans(self.split, batch);
+        let counts = [rows as u32, wanted as u32, spans, span];
         gpu.queue.write_buffer(&self.counts, 0, bytemuck::cast_slice(&counts));
         gpu.queue.write_buffer(&self.positions, 0, bytemuck::cast_slice(&positions));
         gpu.queue.write_buffer(&self.wanted, 0, bytemuck::cast_slice(&batch.wanted));

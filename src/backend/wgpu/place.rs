@@ -125,8 +125,9 @@ impl GpuPlace {
         }
 
         let gpu = opened.open(device, adapter, bounds.binding, owner)?;
-        let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim)?;
-        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, tuner, pool)?;
+        let split = room::split(bounds, &assignment, tuner.base().span);
+        let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim, split)?;
+        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, split, tuner, pool)?;
         let mut segments = Vec::new();
         for segment in &assignment.plan.segments {
             let start = lowerer.len();
@@ -134,8 +135,8 @@ impl GpuPlace {
             segments.push(Segment {
                 ops: (segment.ops.len() * assignment.ranks.len()) as u64,
                 dispatches: start..lowerer.len(),
-                write: segment.write.map(|buf| lowerer.parts(buf).map(|parts| parts[0].clone())).transpose()?,
-                read: segment.read.map_or(Ok(Vec::new()), |buf| lowerer.parts(buf).map(<[_]>::to_vec))?,
+                write: segment.write.map(|buf| lowerer.parts_of(buf).map(|parts| parts[0].clone())).transpose()?,
+                read: segment.read.map_or(Ok(Vec::new()), |buf| lowerer.parts_of(buf).map(<[_]>::to_vec))?,
                 stays: assignment.stays && segment.exchange == Exchange::Pass,
             });
         }

@@ -1,6 +1,7 @@
 //! What an adapter can take: how large buffers may be, and so how many rows and pages fit.
 
 use super::adapters::Adapter;
+use super::dispatch::Split;
 use super::gpu::Owner;
 use crate::backend::{Assignment, BLOCK, Room};
 use crate::device::Device;
@@ -67,6 +68,21 @@ pub(super) fn parts(assignment: &Assignment<'_>, buf: Buf) -> Vec<Part> {
         Part { lead, width: partition.width(dim, assignment.config) }
     };
     ranks.iter().map(part).collect()
+}
+
+/// Most spans that attention is split into.
+const MOST_SPANS: u64 = 64;
+
+/// Elements that attention leaves of a span of a row, at most: of every head its sums, the largest score and the sum of shares.
+pub(super) fn part_of_attention(assignment: &Assignment<'_>) -> usize {
+    let heads = assignment.ranks.iter().map(|&rank| assignment.partition.ranks[rank].heads.len()).max().unwrap_or(0);
+    heads * (assignment.config.head_dim + 2)
+}
+
+/// How attention is split into spans of `positions`, if it is at all: what is left of all spans has to fit a binding.
+pub(super) fn split(bounds: Bounds, assignment: &Assignment<'_>, positions: Option<u32>) -> Option<Split> {
+    let most = bounds.binding / (4 * Split::ROWS * part_of_attention(assignment)).max(1) as u64;
+    positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32 })
 }
 
 /// What of `want` fits.

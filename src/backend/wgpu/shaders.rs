@@ -19,6 +19,7 @@ pub(super) enum Kernel {
     Linear(Format, Finish, Few),
     LinearTile(Format, Finish, Tile),
     Attend(KvType),
+    AttendMerge,
     Add,
     TakeRows,
 }
@@ -47,6 +48,7 @@ impl Kernel {
             Self::Linear(..) => include_str!("../../../shaders/linear.wgsl"),
             Self::LinearTile(..) => include_str!("../../../shaders/linear_tile.wgsl"),
             Self::Attend(_) => include_str!("../../../shaders/attend.wgsl"),
+            Self::AttendMerge => include_str!("../../../shaders/attend_merge.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
             Self::TakeRows => include_str!("../../../shaders/take_rows.wgsl"),
         }
@@ -81,7 +83,8 @@ impl Kernel {
                 Finish::Store | Finish::SwiGlu => &[Read, Read, Write],
                 Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             },
-            Self::Attend(_) => &[Read, Write, Read, Read, Read, Read],
+            Self::Attend(_) => &[Read, Write, Read, Read, Read, Read, Write],
+            Self::AttendMerge => &[Read, Write],
             Self::Add => &[Write, Read],
             Self::TakeRows => &[Read, Write, Read],
         }
@@ -170,7 +173,7 @@ pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<
         Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
         // Attention has a lane for each position of a block.
         Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
-        Kernel::Add | Kernel::TakeRows => all.push(("WG", f64::from(ELEMENTS))),
+        Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows => all.push(("WG", f64::from(ELEMENTS))),
         Kernel::Linear(..) | Kernel::LinearTile(..) => {}
     }
     if let Some(kv) = kernel.kv() {

@@ -219,7 +219,7 @@ impl<'a> Bench<'a> {
             Kernel::LinearTile(_, _, tile) => Linear { many: Some((0, tile)), ..Tuning::HARDWARE.linear },
             _ => unreachable!("only linear layers are tuned"),
         };
-        let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).for_rows(rows);
+        let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).groups(rows, 1);
         let (x, y) = fold(groups, self.gpu.device.limits().max_compute_workgroups_per_dimension as usize);
         let pipeline = self.gpu.scoped("pipelines", 0, || pipelines.get(kernel))?;
         let layout = pipelines.layout(kernel).clone();

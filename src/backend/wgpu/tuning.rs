@@ -69,6 +69,8 @@ pub(super) struct Tuning {
     pub computed_levels: bool,
     /// Whether the loop over the columns of a block is written out.
     pub unrolled: bool,
+    /// Positions, a multiple of 64, in each of the spans that attention is split into where a batch has few rows; `None` never splits.
+    pub span: Option<u32>,
     pub linear: Linear,
 }
 
@@ -83,6 +85,8 @@ impl Tuning {
                 lanes: 8,
                 computed_levels: true,
                 unrolled: false,
+                // A row has more heads than there are cores.
+                span: None,
                 linear: Linear { one: Few { tiles: 4, rows: 1, slices: 1 }, few: Few { tiles: 4, rows: 4, slices: 1 }, many: None },
             };
         }
@@ -103,6 +107,7 @@ impl Tuning {
         lanes: 256,
         computed_levels: false,
         unrolled: true,
+        span: Some(512),
         linear: Linear {
             one: Few { tiles: 1, rows: 1, slices: 8 },
             few: Few { tiles: 1, rows: 4, slices: 8 },

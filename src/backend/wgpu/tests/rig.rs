@@ -55,11 +55,11 @@ pub(super) fn tunings(device: &Device) -> Vec<Tuning> {
         many: Some((33, Tile { side: 16, down: 2, across: 4 })),
     };
     let mut all = vec![
-        Tuning { reduce: Reduce::Workgroup, lanes: 64, computed_levels: false, unrolled: false, linear: small },
-        Tuning { reduce: Reduce::Workgroup, lanes: 8, computed_levels: true, unrolled: false, linear: large },
+        Tuning { reduce: Reduce::Workgroup, lanes: 64, computed_levels: false, unrolled: false, span: Some(64), linear: small },
+        Tuning { reduce: Reduce::Workgroup, lanes: 8, computed_levels: true, unrolled: false, span: None, linear: large },
     ];
     if device.adapter().unwrap().features.contains(wgpu::Features::SUBGROUP) {
-        all.push(Tuning { reduce: Reduce::Subgroup, lanes: 64, computed_levels: true, unrolled: true, linear: small });
+        all.push(Tuning { reduce: Reduce::Subgroup, lanes: 64, computed_levels: true, unrolled: true, span: Some(128), linear: small });
     }
     all
 }

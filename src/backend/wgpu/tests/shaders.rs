@@ -20,13 +20,15 @@ fn tunings() -> [Tuning; 2] {
         lanes: 64,
         computed_levels,
         unrolled: computed_levels,
+        span: None,
         linear,
     })
 }
 
 /// Every kernel, linked with everything that it can be.
 fn kernels() -> Vec<Kernel> {
-    let mut all = vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::Add, Kernel::TakeRows];
+    let mut all =
+        vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
     for format in Format::ALL {
         for finish in [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F32), Finish::Qkv(KvType::F16)] {
             for (tiles, rows, slices) in [(1, 1, 8), (4, 4, 1)] {
@@ -172,7 +174,8 @@ fn kernels_are_written_for_compilers() {
     std::fs::create_dir_all(&directory).unwrap();
     let (hardware, head_dim) = (Tuning::HARDWARE, 128);
     let Linear { one, few, many } = hardware.linear;
-    let mut kernels = vec![Kernel::RmsNorm, Kernel::Attend(KvType::F16), Kernel::Attend(KvType::F32), Kernel::Add, Kernel::TakeRows];
+    let mut kernels =
+        vec![Kernel::RmsNorm, Kernel::Attend(KvType::F16), Kernel::Attend(KvType::F32), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
     for format in Format::ALL {
         let finish = [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F16)];
         kernels.extend(finish.map(|finish| Kernel::Linear(format, finish, one)));
