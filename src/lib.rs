@@ -65,6 +65,7 @@ pub use model::layout::{PlanSummary, RankInfo, plan_summary};
 pub use model::parallel::{ParallelMistral, PipelineParallel, PipelineParallelMistral, TensorParallel, TensorParallelMistral};
 pub use model::parallel_config::ParallelConfig;
 pub use model::pipeline::{PipelineConfig, PipelineState};
+pub use model::planner::{Choice, Prediction, choose, predict};
 pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};

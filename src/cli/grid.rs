@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral};
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, choose};
 
 use super::Outcome;
 
@@ -18,7 +18,7 @@ pub struct GridArgs {
     #[arg(long, value_name = "DIR")]
     pub model: PathBuf,
 
-    /// Devices, one for each rank: cpu and gpu:N (as `torchless devices` numbers them) between commas, repeated at will; or auto: every hardware GPU, else the CPU
+    /// Devices, one for each rank: cpu and gpu:N (as `torchless devices` numbers them) between commas, repeated at will; or auto: of the hardware GPUs and the CPU those that are fastest, by running a few layers; without a GPU, the CPU
     #[arg(long, value_name = "LIST", default_value = "auto")]
     pub devices: String,
 
@@ -88,6 +88,27 @@ impl GridArgs {
         config
     }
 
+    /// The devices to run on, and the shares of each: those that were asked for, or where the choice is ours and there is one, the fastest.
+    fn chosen(&self, params: &Parameters, config: ParallelConfig) -> Outcome<(Vec<Device>, ParallelConfig)> {
+        let mut devices = self.devices()?;
+        if self.devices != "auto" || devices.iter().all(Device::is_cpu) || self.stages.get() > 1 || self.shares.is_some() {
+            return Ok((devices, config));
+        }
+        devices.push(Device::cpu());
+        let mut choice = choose(params, &config, &devices, 1)?;
+        for (device, error) in &choice.failed {
+            super::note(format!("{} is left out: {error}", device.label()));
+        }
+        let best = choice.predictions.swap_remove(choice.chosen);
+        let labels = best.devices.iter().map(Device::label).collect::<Vec<_>>().join(",");
+        super::note(format!("running on {labels}, about {:.1} tokens/s by a measurement of a few layers", best.tokens_per_second()));
+        let config = match best.shares {
+            Some(shares) => config.with_shares(shares),
+            None => config,
+        };
+        Ok((best.devices, config))
+    }
+
     /// The model on this grid, ready to run as `run` says.
     pub fn load(&self, run: &RunArgs, params: &Parameters, config: ParallelConfig) -> Outcome<Loaded> {
         // Better now than after the work.
@@ -96,7 +117,7 @@ impl GridArgs {
             super::files::check_apart(trace, &[&self.model])?;
         }
         let start = Instant::now();
-        let devices = self.devices()?;
+        let (devices, config) = self.chosen(params, config)?;
         // Drawn only where stderr is a terminal: a spinner, until there are bytes to count.
         let bar = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
         bar.enable_steady_tick(Duration::from_millis(100));

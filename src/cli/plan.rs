@@ -1,9 +1,10 @@
-//! `torchless plan`: how a model would be split, read off the checkpoint's headers.
+//! `torchless plan`: how a model would be split, read off the checkpoint's headers; and how fast it would be, by running a few of its layers.
 
+use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use serde_json::{Value, json};
-use torchless::{Parameters, RankInfo, plan_summary};
+use torchless::{Choice, Device, ParallelConfig, Parameters, Prediction, RankInfo, choose, plan_summary, predict};
 
 use super::Outcome;
 use super::grid::GridArgs;
@@ -13,6 +14,14 @@ use super::output::{bytes, print, print_json, table};
 pub struct Args {
     #[command(flatten)]
     grid: GridArgs,
+
+    /// Run a few layers on the devices, on each alone and on the fastest together, and predict from that how fast the whole model would be
+    #[arg(long)]
+    predict: bool,
+
+    /// Sequences that step together, for --predict
+    #[arg(long, value_name = "B", default_value = "1")]
+    batch: NonZeroUsize,
 }
 
 pub fn run(args: &Args) -> Outcome {
@@ -20,8 +29,10 @@ pub fn run(args: &Args) -> Outcome {
     let params = Parameters::load(&args.grid.model)?;
     let config = args.grid.config(&params, params.config().max_position_embeddings);
     let plan = plan_summary(&params, &config, &devices)?;
+    let forecast = if args.predict { Some(Forecast::of(args, &params, &config, &devices)?) } else { None };
     if args.grid.json {
         return print_json(&json!({
+            "forecast": forecast.as_ref().map(Forecast::document),
             "ranks": plan.ranks.iter().map(document).collect::<Vec<_>>(),
             "ops_per_token": plan.ops_per_token,
             "submissions_per_token": plan.submissions_per_token,
@@ -32,9 +43,99 @@ pub fn run(args: &Args) -> Outcome {
     let (ops, submissions, collectives) = (plan.ops_per_token, plan.submissions_per_token, plan.collectives_per_token);
     let read = bytes(plan.weight_bytes_per_token);
     print(&format!(
-        "{}\na token: {ops} ops, {submissions} submissions, {collectives} collectives, {read} of weights\n",
-        partition(&plan.ranks)
+        "{}\na token: {ops} ops, {submissions} submissions, {collectives} collectives, {read} of weights\n{}",
+        partition(&plan.ranks),
+        forecast.map_or(String::new(), |forecast| forecast.text())
     ))
+}
+
+/// What the devices were predicted to do.
+struct Forecast {
+    /// The grid that was asked for; `None` where the choice was left to us.
+    asked: Option<Prediction>,
+    choice: Choice,
+}
+
+impl Forecast {
+    fn of(args: &Args, params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Outcome<Self> {
+        let batch = args.batch.get();
+        let mut distinct: Vec<Device> = Vec::new();
+        for device in devices {
+            if !distinct.iter().any(|known| known.label() == device.label()) {
+                distinct.push(device.clone());
+            }
+        }
+        let choice = choose(params, config, &distinct, batch)?;
+        let left_to_us = args.grid.devices == "auto" || (devices.len() == 1 && config.shares.is_none());
+        let asked = if left_to_us { None } else { Some(predict(params, config, devices, batch)?) };
+        Ok(Self { asked, choice })
+    }
+
+    fn text(&self) -> String {
+        let mut rows = vec![["devices", "shares", "tokens/s", ""].map(str::to_owned).to_vec()];
+        let mut row = |prediction: &Prediction, what: &str| {
+            rows.push(vec![labels(prediction), shares(prediction), format!("{:.2}", prediction.tokens_per_second()), what.into()]);
+        };
+        if let Some(asked) = &self.asked {
+            row(asked, "as asked");
+        }
+        let Choice { predictions, chosen, failed, .. } = &self.choice;
+        for (i, prediction) in predictions.iter().enumerate() {
+            row(prediction, if i == *chosen { "chosen" } else { "" });
+        }
+        let mut text = format!("\npredicted:\n{}", table(&rows));
+        for (device, error) in failed {
+            text += &format!("{} can't: {error}\n", device.label());
+        }
+        text + &self.reason() + "\n"
+    }
+
+    /// Why the chosen one is, and what is wrong with the one that was asked for.
+    fn reason(&self) -> String {
+        let best = &self.choice.predictions[self.choice.chosen];
+        let ratio = |other: &Prediction| best.tokens_per_second() / other.tokens_per_second();
+        if let Some(asked) = self.asked.as_ref().filter(|asked| ratio(asked) > 1.03) {
+            return format!("{} would be {:.2} times as fast as {}", labels(best), ratio(asked), labels(asked));
+        }
+        let split = self.choice.predictions.iter().find(|p| p.devices.len() > 1);
+        let single = self.choice.predictions.iter().find(|p| p.devices.len() == 1);
+        match (split, single) {
+            (Some(_), Some(single)) if best.devices.len() > 1 => {
+                format!("splitting over {} is {:.2} times as fast as {} alone", labels(best), ratio(single), labels(single))
+            }
+            (Some(split), _) => {
+                format!("{} alone: the best split, over {}, would give {:.2} of its speed", labels(best), labels(split), 1.0 / ratio(split))
+            }
+            _ => format!("{} is the only device", labels(best)),
+        }
+    }
+
+    fn document(&self) -> Value {
+        let prediction = |p: &Prediction| {
+            json!({
+                "devices": p.devices.iter().map(Device::label).collect::<Vec<_>>(), "shares": p.shares,
+                "tokens_per_s": p.tokens_per_second(), "batch": p.batch,
+            })
+        };
+        json!({
+            "asked": self.asked.as_ref().map(prediction),
+            "predictions": self.choice.predictions.iter().map(prediction).collect::<Vec<_>>(),
+            "chosen": self.choice.chosen,
+            "failed": self.choice.failed.iter().map(|(d, e)| json!({"device": d.label(), "why": e.to_string()})).collect::<Vec<_>>(),
+            "reason": self.reason(),
+        })
+    }
+}
+
+fn labels(prediction: &Prediction) -> String {
+    prediction.devices.iter().map(Device::label).collect::<Vec<_>>().join(",")
+}
+
+/// In parts of the smallest.
+fn shares(prediction: &Prediction) -> String {
+    let Some(shares) = &prediction.shares else { return String::new() };
+    let least = shares.iter().copied().fold(f64::INFINITY, f64::min);
+    shares.iter().map(|share| format!("{:.1}", share / least)).collect::<Vec<_>>().join(":")
 }
 
 /// Who owns what, as a table.

@@ -9,6 +9,7 @@ pub(crate) mod mistral;
 pub(crate) mod parallel;
 pub(crate) mod parallel_config;
 pub(crate) mod pipeline;
+pub(crate) mod planner;
 pub(crate) mod rope;
 pub(crate) mod stage;
 pub(crate) mod state;

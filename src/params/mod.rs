@@ -115,6 +115,22 @@ impl Parameters {
         matrix.ok_or_else(|| Error::tensor(name, format!("is not part of the model in {}", self.0.path.display())))
     }
 
+    /// The same model with its first `n` layers only, to measure with.
+    pub(crate) fn first_layers(&self, n: usize) -> Self {
+        let Checkpoint { path, config, generation, tensors, fingerprint, stamp, .. } = &*self.0;
+        let config = Config { n_layers: n, ..config.clone() };
+        let tensors = tensors_of(&config).filter_map(|(name, _)| tensors.get(&name).cloned().map(|matrix| (name, matrix))).collect();
+        Self(Arc::new(Checkpoint {
+            path: path.clone(),
+            config,
+            generation: generation.clone(),
+            tensors,
+            fingerprint: fingerprint ^ n as u64,
+            stamp: stamp.clone(),
+            tokenizer: OnceLock::new(),
+        }))
+    }
+
     /// Bytes of all tensors of the model, as they are stored.
     #[must_use]
     pub fn bytes(&self) -> u64 {

@@ -1,0 +1,152 @@
+//! Which devices a model should be split over: a few of its layers are run on them, and the rest is arithmetic.
+
+use std::time::{Duration, Instant};
+
+use crate::backend::KvType;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::parallel::TensorParallelMistral;
+use crate::model::parallel_config::ParallelConfig;
+use crate::model::state::InferenceState;
+use crate::params::Parameters;
+
+/// Turns of each of the two short models, at least and at most, and how long they may take together once there are enough.
+const TURNS: std::ops::RangeInclusive<usize> = 5..=25;
+const TIME: Duration = Duration::from_millis(400);
+
+/// A split must be faster than one device by this much to be chosen: it takes memory and power on all of them.
+const MARGIN: f64 = 0.97;
+
+/// How fast a model is predicted to run on some devices.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Prediction {
+    /// One for each rank.
+    pub devices: Vec<Device>,
+    /// What each should own in proportion to the others; `None` for all the same.
+    pub shares: Option<Vec<f64>>,
+    /// Seconds that a token of each sequence takes, with the fast forms and an f16 cache that holds little yet.
+    pub seconds_per_step: f64,
+    /// How much of that is a layer's.
+    pub seconds_per_layer: f64,
+    /// Sequences that step together.
+    pub batch: usize,
+}
+
+impl Prediction {
+    /// Tokens a second, over all sequences.
+    #[must_use]
+    pub fn tokens_per_second(&self) -> f64 {
+        self.batch as f64 / self.seconds_per_step
+    }
+}
+
+/// Every grid that was considered.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Choice {
+    /// The fastest first.
+    pub predictions: Vec<Prediction>,
+    /// Index of the one to take: the fastest, unless one device is as fast.
+    pub chosen: usize,
+    /// Devices that can't run the model, and why.
+    pub failed: Vec<(Device, Error)>,
+}
+
+/// Predicts how fast `params` would run on `devices`, a rank each, by running two short models of its first layers there.
+///
+/// # Errors
+/// As [`TensorParallelMistral::load_grid`] and [`TensorParallelMistral::fast_forward_batch`].
+pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
+    let (layers, stages) = (params.config().n_layers, config.stages.unwrap_or(1).max(1));
+    // Every stage of the longer one has two layers more than of the shorter.
+    let [short, long] = [stages.min(layers), (3 * stages).min(layers)];
+    let load = |n: usize| Short::load(&params.first_layers(n), config, devices, batch);
+    let mut shorter = load(short)?;
+    let mut longer = if long > short { Some(load(long)?) } else { None };
+    let start = Instant::now();
+    for turn in 0..*TURNS.end() {
+        if turn >= *TURNS.start() && start.elapsed() > TIME {
+            break;
+        }
+        shorter.step()?;
+        longer.as_mut().map_or(Ok(()), Short::step)?;
+    }
+    let base = shorter.median();
+    let seconds_per_layer = longer.map_or(0.0, |longer| (longer.median() - base).max(0.0) / (long - short) as f64);
+    let seconds_per_step = base + seconds_per_layer * (layers - short) as f64;
+    let (devices, shares) = (devices.to_vec(), config.shares.clone());
+    Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, batch })
+}
+
+/// Predicts each device alone, then the fastest two, three and so on together with shares by their speed, and says what to take.
+///
+/// # Errors
+/// [`Error::NoDevices`]; the first device's, if none can run the model.
+pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Choice> {
+    let (mut predictions, mut failed) = (Vec::new(), Vec::new());
+    let mut alone = config.clone().stages(1);
+    alone.shares = None;
+    for device in devices {
+        match predict(params, &alone, std::slice::from_ref(device), batch) {
+            Ok(prediction) => predictions.push(prediction),
+            Err(e) => failed.push((device.clone(), e)),
+        }
+    }
+    if predictions.is_empty() {
+        return Err(if failed.is_empty() { Error::NoDevices } else { failed.swap_remove(0).1 });
+    }
+    let by_time = |a: &Prediction, b: &Prediction| a.seconds_per_step.total_cmp(&b.seconds_per_step);
+    predictions.sort_by(by_time);
+    let (singles, n) = (predictions.clone(), predictions.len().min(params.config().n_heads));
+    for together in 2..=n {
+        let devices: Vec<Device> = singles[..together].iter().flat_map(|single| single.devices.clone()).collect();
+        let speeds: Vec<f64> = singles[..together].iter().map(|single| 1.0 / single.seconds_per_layer.max(1e-9)).collect();
+        // A grid that can't be is no choice; that its devices work alone is known.
+        if let Ok(prediction) = predict(params, &alone.clone().with_shares(speeds), &devices, batch) {
+            predictions.push(prediction);
+        }
+    }
+    predictions.sort_by(by_time);
+    let single = predictions.iter().position(|prediction| prediction.devices.len() == 1).unwrap_or(0);
+    let pays = predictions[0].seconds_per_step < MARGIN * predictions[single].seconds_per_step;
+    Ok(Choice { chosen: if pays { 0 } else { single }, predictions, failed })
+}
+
+/// A model of some layers, and how long its steps took.
+struct Short {
+    model: TensorParallelMistral,
+    states: Vec<InferenceState>,
+    seconds: Vec<f64>,
+}
+
+impl Short {
+    fn load(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Self> {
+        let positions = *TURNS.end() + 2;
+        let mut config = config.clone().kv_positions(batch * positions.next_multiple_of(KvType::F16.page_len()));
+        config.cache_weights = false;
+        let model = TensorParallelMistral::load_grid(params.clone(), config, devices.iter().cloned())?;
+        let states = (0..batch.max(1)).map(|_| InferenceState::with_kv(model.config(), KvType::F16)).collect();
+        let mut short = Self { model, states, seconds: Vec::new() };
+        // Drivers compile what is used first, and caches are cold.
+        short.step()?;
+        short.step()?;
+        short.seconds.clear();
+        Ok(short)
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let tokens = vec![1 % self.model.config().vocab_size as u32; self.states.len()];
+        let mut states: Vec<&mut InferenceState> = self.states.iter_mut().collect();
+        self.model.fast_forward_batch(&mut states, &tokens)?;
+        self.seconds.push(start.elapsed().as_secs_f64());
+        Ok(())
+    }
+
+    fn median(&self) -> f64 {
+        let mut seconds = self.seconds.clone();
+        seconds.sort_by(f64::total_cmp);
+        seconds[seconds.len() / 2]
+    }
+}

@@ -1,0 +1,51 @@
+//! The planner: what it considers, what it says of devices that can't, and that its figures are those of a whole model.
+
+mod common;
+
+use common::{Spec, fixture, write_checkpoint};
+use torchless::{Device, Error, ParallelConfig, Parameters, choose, predict};
+
+fn config() -> ParallelConfig {
+    ParallelConfig::default().untuned()
+}
+
+#[test]
+fn one_device_is_predicted_and_chosen() {
+    let params = fixture::load("tiny-mistral");
+    let choice = choose(&params, &config(), &[Device::cpu()], 2).unwrap();
+    let [only] = &choice.predictions[..] else { panic!("{choice:?}") };
+    assert_eq!((choice.chosen, choice.failed.len(), only.batch), (0, 0, 2));
+    assert!(only.seconds_per_step > 0.0 && only.tokens_per_second().is_finite(), "{only:?}");
+    assert!(matches!(choose(&params, &config(), &[], 1), Err(Error::NoDevices)));
+}
+
+#[test]
+fn stages_and_models_of_few_layers_are_predicted_too() {
+    let dir = tempfile::tempdir().unwrap();
+    for (layers, stages) in [(1, 1), (2, 2), (3, 2), (8, 2)] {
+        write_checkpoint(dir.path(), &Spec { layers, ..Spec::default() });
+        let params = Parameters::load(dir.path()).unwrap();
+        let prediction = predict(&params, &config().stages(stages), &vec![Device::cpu(); stages], 1).unwrap();
+        assert!(prediction.seconds_per_step >= prediction.seconds_per_layer * (layers as f64 - stages as f64), "{prediction:?}");
+    }
+}
+
+#[test]
+fn every_device_is_considered_alone_and_the_fastest_together() {
+    let Some(gpu) = common::gpus().into_iter().next() else { return };
+    let params = fixture::load("tiny-mistral");
+    // It can't hold a row of activations.
+    let useless = gpu.clone().isolated().with_binding_limit(256);
+    let choice = choose(&params, &config(), &[Device::cpu(), gpu, useless], 1).unwrap();
+    let mut sizes: Vec<usize> = choice.predictions.iter().map(|prediction| prediction.devices.len()).collect();
+    sizes.sort_unstable();
+    assert_eq!(sizes, [1, 1, 2], "{choice:?}");
+    let split = choice.predictions.iter().find(|prediction| prediction.devices.len() == 2).unwrap();
+    assert!(split.shares.as_ref().unwrap().iter().all(|share| *share > 0.0), "{split:?}");
+    assert!(choice.predictions.is_sorted_by(|a, b| a.seconds_per_step <= b.seconds_per_step), "{choice:?}");
+    let [(_, error)] = &choice.failed[..] else { panic!("{choice:?}") };
+    assert!(error.to_string().contains("binding of 256 bytes"), "{error}");
+    // What was chosen is not slower than either device alone.
+    let chosen = &choice.predictions[choice.chosen];
+    assert!(choice.predictions.iter().all(|p| p.devices.len() > 1 || p.seconds_per_step >= chosen.seconds_per_step), "{choice:?}");
+}
