@@ -11,8 +11,8 @@ use crate::model::state::InferenceState;
 use crate::params::Parameters;
 
 /// Turns of each of the two short models, at least and at most, and how long they may take together once there are enough.
-const TURNS: std::ops::RangeInclusive<usize> = 5..=25;
-const TIME: Duration = Duration::from_millis(400);
+const TURNS: std::ops::RangeInclusive<usize> = 5..=40;
+const TIME: Duration = Duration::from_millis(800);
 
 /// A split must be faster than one device by this much to be chosen: it takes memory and power on all of them.
 const MARGIN: f64 = 0.97;
@@ -59,8 +59,8 @@ pub struct Choice {
 /// As [`TensorParallelMistral::load_grid`] and [`TensorParallelMistral::fast_forward_batch`].
 pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
     let (layers, stages) = (params.config().n_layers, config.stages.unwrap_or(1).max(1));
-    // Every stage of the longer one has two layers more than of the shorter.
-    let [short, long] = [stages.min(layers), (3 * stages).min(layers)];
+    // Every stage of the longer one has four layers more than of the shorter.
+    let [short, long] = [stages.min(layers), (5 * stages).min(layers)];
     let load = |n: usize| Short::load(&params.first_layers(n), config, devices, batch);
     let mut shorter = load(short)?;
     let mut longer = if long > short { Some(load(long)?) } else { None };

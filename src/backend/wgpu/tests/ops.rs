@@ -238,3 +238,29 @@ fn software_subgroups_are_as_wide_as_the_environment_asks() {
         }
     }
 }
+
+#[test]
+fn a_weight_that_is_no_number_spoils_its_own_output_alone() {
+    for device in gpus() {
+        for tuning in tunings(&device) {
+            let (hidden, channels, spoilt) = (40, 50, 17);
+            let mut numbers = Numbers::new(21);
+            let mut values = numbers.take(channels * hidden);
+            let sound = matrix(DType::F32, channels, hidden, &values);
+            (values[spoilt * hidden + 3], values[spoilt * hidden + 33]) = (f32::NAN, f32::INFINITY);
+            let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", matrix(DType::F32, channels, hidden, &values)).plan(|mut r| {
+                let x = r.input();
+                let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+                r.all_gather(y)
+            });
+            let mut place = model.place(&device, tuning, ROOM);
+            for rows in [1, 3, 40] {
+                let x = numbers.take(rows * hidden);
+                let mut found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
+                let expected = linear(&f64s(&x), &sound);
+                found.iter_mut().zip(&expected).skip(spoilt).step_by(channels).for_each(|(found, expected)| *found = *expected as f32);
+                assert_close(&found, &expected, 2e-5, &format!("{device} {tuning:?} {rows} rows"));
+            }
+        }
+    }
+}
