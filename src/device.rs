@@ -90,6 +90,7 @@ pub struct Device {
     kind: Kind,
     isolated: bool,
     binding_limit: Option<u64>,
+    memory_limit: Option<u64>,
 }
 
 /// Everything this machine can compute on: the CPU first, then every adapter once, software adapters included.
@@ -104,7 +105,7 @@ pub fn devices() -> Vec<Device> {
 fn gpus() -> impl Iterator<Item = Device> {
     adapters().iter().enumerate().map(|(index, adapter)| {
         let kind = Kind::Gpu { index, adapter: Arc::clone(adapter) };
-        Device { kind, isolated: false, binding_limit: None }
+        Device { kind, isolated: false, binding_limit: None, memory_limit: None }
     })
 }
 
@@ -117,7 +118,7 @@ impl Device {
     /// The CPU.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { kind: Kind::Cpu, isolated: false, binding_limit: None }
+        Self { kind: Kind::Cpu, isolated: false, binding_limit: None, memory_limit: None }
     }
 
     /// Devices by name: `cpu` and `gpu:N` (the N-th adapter of [`devices`]) between commas, repeated at will; or `auto`, which is
@@ -156,9 +157,31 @@ impl Device {
         self
     }
 
+    /// The same device as if it had no more than so many bytes of memory. The CPU takes no notice.
+    #[must_use]
+    pub fn with_memory_limit(mut self, bytes: u64) -> Self {
+        self.memory_limit = Some(bytes);
+        self
+    }
+
+    /// Bytes of memory that a GPU has, or shares with the CPU, where its API tells (Vulkan does); `None` for the CPU, whose ranks compute
+    /// from the mapped checkpoint. What other programs hold of it is not known.
+    #[must_use]
+    pub fn memory(&self) -> Option<u64> {
+        match &self.kind {
+            Kind::Cpu => None,
+            #[cfg(feature = "gpu")]
+            Kind::Gpu { adapter, .. } => [adapter.memory, self.memory_limit].into_iter().flatten().min(),
+        }
+    }
+
     /// Whether ranks on both devices live in one place.
     pub(crate) fn shares_place_with(&self, other: &Self) -> bool {
-        !self.isolated && !other.isolated && self.label() == other.label() && self.binding_limit == other.binding_limit
+        !self.isolated
+            && !other.isolated
+            && self.label() == other.label()
+            && self.binding_limit == other.binding_limit
+            && self.memory_limit == other.memory_limit
     }
 
     /// How the device is named in a list: `cpu`, or `gpu:N` for the N-th adapter.
@@ -309,7 +332,7 @@ impl std::fmt::Debug for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut debug = f.debug_struct("Device");
         debug.field("label", &self.label()).field("name", &self.name()).field("isolated", &self.isolated);
-        debug.field("binding_limit", &self.binding_limit).finish()
+        debug.field("binding_limit", &self.binding_limit).field("memory_limit", &self.memory_limit).finish()
     }
 }
 

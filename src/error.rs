@@ -107,6 +107,14 @@ pub enum Error {
     #[error("{device} was lost (stage {stage}, ranks {ranks:?}): {reason}")]
     DeviceLost { stage: usize, ranks: Vec<usize>, device: String, reason: String },
 
+    /// The weights that a device should hold are more than its memory, known before the first is read.
+    #[error(
+        "{device} has {memory} bytes of memory, and the weights that it should hold take {wanted}: {} are missing; a smaller share, more devices \
+         or quantised weights would help, {}% of these weights would fit",
+        wanted - memory, 100 * memory / wanted
+    )]
+    TooLittleMemory { device: String, memory: u64, wanted: u64 },
+
     /// A device has too little memory for its share of the model.
     #[error("{device} (stage {stage}, ranks {ranks:?}) is out of memory: {wanted} bytes for {what} could not be had")]
     OutOfMemory { stage: usize, ranks: Vec<usize>, device: String, what: String, wanted: u64 },

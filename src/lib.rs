@@ -61,7 +61,7 @@ pub use kernels::parallel::{
     matmul_vec_adaptive_into, matmul_vec_adaptive_with_stats, mlp_tensor_parallel, row_parallel_linear,
 };
 pub use kernels::quant::QuantFormat;
-pub use model::layout::{PlanSummary, RankInfo, plan_summary};
+pub use model::layout::{DeviceMemory, PlanSummary, RankInfo, plan_summary};
 pub use model::parallel::{ParallelMistral, PipelineParallel, PipelineParallelMistral, TensorParallel, TensorParallelMistral};
 pub use model::parallel_config::ParallelConfig;
 pub use model::pipeline::{PipelineConfig, PipelineState};

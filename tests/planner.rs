@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Spec, fixture, write_checkpoint};
-use torchless::{Device, Error, ParallelConfig, Parameters, choose, predict};
+use torchless::{Device, Error, ParallelConfig, Parameters, TensorParallelMistral, choose, plan_summary, predict};
 
 fn config() -> ParallelConfig {
     ParallelConfig::default().untuned()
@@ -48,4 +48,30 @@ fn every_device_is_considered_alone_and_the_fastest_together() {
     // What was chosen is not slower than either device alone.
     let chosen = &choice.predictions[choice.chosen];
     assert!(choice.predictions.iter().all(|p| p.devices.len() > 1 || p.seconds_per_step >= chosen.seconds_per_step), "{choice:?}");
+}
+
+#[test]
+fn a_plan_says_what_every_device_holds_and_refuses_what_does_not_fit() {
+    let params = fixture::load("tiny-mistral");
+    let cpu = plan_summary(&params, &config().kv_positions(128), &[Device::cpu(), Device::cpu()]).unwrap();
+    let [memory] = &cpu.memory[..] else { panic!("{:?}", cpu.memory) };
+    assert_eq!((memory.weights, memory.has), (cpu.ranks.iter().map(|rank| rank.weight_bytes).sum(), None));
+    let sizes = params.config();
+    assert_eq!(memory.cache, (2 * sizes.n_layers * 128 * 4 * sizes.n_kv_heads * sizes.head_dim) as u64);
+    assert!(memory.workspace > 0);
+
+    let Some(gpu) = common::gpus().into_iter().next() else { return };
+    let weights = plan_summary(&params, &config(), std::slice::from_ref(&gpu)).unwrap().memory[0].weights;
+    // Too small for the weights; for anything beside them; for all pages that were wanted.
+    let with = |bytes: u64| plan_summary(&params, &config(), &[gpu.clone().with_memory_limit(bytes)]);
+    let error = with(weights - 100).unwrap_err();
+    assert!(matches!(error, Error::TooLittleMemory { wanted, .. } if wanted == weights), "{error}");
+    assert!(error.to_string().contains("100 are missing") && error.to_string().contains("99% of these weights would fit"), "{error}");
+    let error = with(weights + 1000).unwrap_err().to_string();
+    assert!(error.contains("not even one page of keys fits") && error.contains("the 1000 bytes of memory beside the weights"), "{error}");
+    let small = with(weights + (8 << 20)).unwrap().memory.remove(0);
+    assert!(small.cache > 0 && small.weights + small.cache + small.workspace <= small.has.unwrap(), "{small:?}");
+    let limited = gpu.with_memory_limit(weights - 100);
+    let error = TensorParallelMistral::load_grid(params, config(), [limited]).err().unwrap();
+    assert!(matches!(error, Error::TooLittleMemory { .. }), "{error}");
 }

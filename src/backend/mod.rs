@@ -186,6 +186,9 @@ pub(crate) struct Assignment<'a> {
     /// Whether the next stage lives on this very device, with all its ranks: what is passed on need not leave it.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's rows never leave the host
     pub stays: bool,
+    /// Bytes that its device has for the cache and activations of this place, beside all weights that it will hold; `None` if nobody knows.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's grow as they are used
+    pub spare: Option<u64>,
     /// Whether kernels are chosen by measuring them on the device.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's need none
     pub tune: bool,

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use serde_json::{Value, json};
-use torchless::{Choice, Device, ParallelConfig, Parameters, Prediction, RankInfo, choose, plan_summary, predict};
+use torchless::{Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, plan_summary, predict};
 
 use super::Outcome;
 use super::grid::GridArgs;
@@ -38,13 +38,17 @@ pub fn run(args: &Args) -> Outcome {
             "submissions_per_token": plan.submissions_per_token,
             "collectives_per_token": plan.collectives_per_token,
             "weight_bytes_per_token": plan.weight_bytes_per_token,
+            "memory": plan.memory.iter().map(|d| json!({
+                "device": d.device, "weight_bytes": d.weights, "cache_bytes": d.cache, "workspace_bytes": d.workspace, "memory_bytes": d.has,
+            })).collect::<Vec<_>>(),
         }));
     }
     let (ops, submissions, collectives) = (plan.ops_per_token, plan.submissions_per_token, plan.collectives_per_token);
     let read = bytes(plan.weight_bytes_per_token);
     print(&format!(
-        "{}\na token: {ops} ops, {submissions} submissions, {collectives} collectives, {read} of weights\n{}",
+        "{}\n{}\na token: {ops} ops, {submissions} submissions, {collectives} collectives, {read} of weights\n{}",
         partition(&plan.ranks),
+        memory(&plan.memory),
         forecast.map_or(String::new(), |forecast| forecast.text())
     ))
 }
@@ -136,6 +140,16 @@ fn shares(prediction: &Prediction) -> String {
     let Some(shares) = &prediction.shares else { return String::new() };
     let least = shares.iter().copied().fold(f64::INFINITY, f64::min);
     shares.iter().map(|share| format!("{:.1}", share / least)).collect::<Vec<_>>().join(":")
+}
+
+/// What each device holds of how much, as a table.
+fn memory(devices: &[DeviceMemory]) -> String {
+    let header = ["device", "weights", "cache, when full", "workspace", "of"].map(str::to_owned).to_vec();
+    let row = |d: &DeviceMemory| {
+        let has = d.has.map_or("unknown".into(), bytes);
+        [vec![d.device.clone()], [d.weights, d.cache, d.workspace].map(bytes).to_vec(), vec![has]].concat()
+    };
+    table(&std::iter::once(header).chain(devices.iter().map(row)).collect::<Vec<_>>())
 }
 
 /// Who owns what, as a table.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, BLOCK, KvType, Opened, Room};
+use crate::backend::{self, Assignment, BLOCK, KvType, Opened, Packing, Room};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -16,7 +16,7 @@ use crate::kernels::pool::Pool;
 use crate::kernels::quant::QuantFormat;
 use crate::model::engine::{Counts, Driver};
 use crate::model::kv::PagePool;
-use crate::model::layout::{Layout, RankInfo, lay_out, packing, rank_infos};
+use crate::model::layout::{Layout, RankInfo, lay_out, packing, rank_infos, spare};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::rope::RopeTable;
 use crate::model::stage::Stage;
@@ -78,22 +78,17 @@ impl Grid {
         let pools = pools(config, &layouts)?;
         let tensor = |name: &str| params.tensor(name);
 
-        // A single stage has nothing to fill.
-        let micro_batches = if stages == 1 { 1 } else { config.pipeline.num_micro_batches };
-        // One more than there are stages, so that the first always has its next one.
-        let in_flight = micro_batches.min(stages + 1);
-        let rows = rows_within(config.pipeline.memory_budget, params.config(), &layouts, in_flight)?;
-        let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
-        for (stage, layout) in layouts.iter().enumerate() {
-            for (device, assignment) in layout.assignments(stage, &params, &partition, &tensor, config.tune, packing) {
-                room = room.min(backend::room(device, &assignment, room)?);
-            }
-        }
+        let (micro_batches, in_flight) = batches(config, stages);
+        let room = room(&params, config, &partition, &layouts, &ranks, packing)?;
         let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor, config.tune, packing);
             let threads = Threads { pool: pools[index].clone(), work: config.work, stats: stats.clone() };
-            let places = assignments.map(|(device, a)| backend::place(device, &a, room, &threads, &mut opened)).collect::<Result<_>>()?;
+            let mut places = Vec::new();
+            for (device, assignment) in assignments {
+                let assignment = Assignment { spare: spare(device, &ranks, &layouts)?, ..assignment };
+                places.push(backend::place(device, &assignment, room, &threads, &mut opened)?);
+            }
             let gathered = partition.stages[index].ranks.iter().map(|r| r.vocab.len()).collect();
             let (plan, collective, trace) = (layout.plan.clone(), collective.clone(), trace.clone());
             built.push(Stage {
@@ -171,6 +166,39 @@ impl Grid {
     pub(crate) fn counts(&self) -> Result<Counts> {
         self.driver.counts()
     }
+}
+
+/// Batches that a call's rows are cut into, and how many of them are on their way at once.
+fn batches(config: &ParallelConfig, stages: usize) -> (usize, usize) {
+    // A single stage has nothing to fill.
+    let micro_batches = if stages == 1 { 1 } else { config.pipeline.num_micro_batches };
+    // One more than there are stages, so that the first always has its next one.
+    (micro_batches, micro_batches.min(stages + 1))
+}
+
+/// The rows and pages that every place of a grid can take.
+///
+/// # Errors
+/// If a device has no room for its weights, or for a row or a page beside them.
+pub(super) fn room(
+    params: &Parameters,
+    config: &ParallelConfig,
+    partition: &Partition,
+    layouts: &[Layout],
+    ranks: &[RankInfo],
+    packing: Option<Packing<'_>>,
+) -> Result<Room> {
+    let (_, in_flight) = batches(config, layouts.len());
+    let rows = rows_within(config.pipeline.memory_budget, params.config(), layouts, in_flight)?;
+    let mut room = Room { rows, wanted: MOST_WANTED, pages: wanted_pages(params.config(), config) };
+    let tensor = |name: &str| params.tensor(name);
+    for (stage, layout) in layouts.iter().enumerate() {
+        for (device, assignment) in layout.assignments(stage, params, partition, &tensor, config.tune, packing) {
+            let assignment = Assignment { spare: spare(device, ranks, layouts)?, ..assignment };
+            room = room.min(backend::room(device, &assignment, room)?);
+        }
+    }
+    Ok(room)
 }
 
 /// Rows whose activations, on all stages, and residual streams between them stay within `budget` bytes; at least 1.

@@ -3,15 +3,16 @@
 use std::ops::Range;
 use std::path::Path;
 
-use crate::backend::{Assignment, Packing};
+use crate::backend::{Assignment, BLOCK, Packing, Room};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
+use crate::model::grid::room;
 use crate::model::mistral;
 use crate::model::parallel_config::ParallelConfig;
 use crate::params::Parameters;
-use crate::partition::{Partition, RankPartition};
-use crate::plan::Plan;
+use crate::partition::{Dim, Partition, RankPartition};
+use crate::plan::{Plan, Rows};
 
 /// One rank of a loaded (or planned) grid: where it is and what it owns.
 #[derive(Debug, Clone)]
@@ -45,6 +46,48 @@ pub struct PlanSummary {
     pub collectives_per_token: usize,
     /// Bytes of weights read for one token, by all ranks together.
     pub weight_bytes_per_token: u64,
+    /// What every device will hold, in the order in which they are first named.
+    pub memory: Vec<DeviceMemory>,
+}
+
+/// The memory that a grid takes of a device, in bytes. It fits: a plan that doesn't is an error.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct DeviceMemory {
+    /// Its label.
+    pub device: String,
+    /// Weights, as they are held; those that the CPU computes with as they are stored stay in the mapped files.
+    pub weights: u64,
+    /// Keys and values, when the cache is full.
+    pub cache: u64,
+    /// Activations of the largest batch.
+    pub workspace: u64,
+    /// What the device has, if its API tells.
+    pub has: Option<u64>,
+}
+
+/// What the devices of a grid will hold.
+fn memory(params: &Parameters, partition: &Partition, layouts: &[Layout], ranks: &[RankInfo], room: Room) -> Vec<DeviceMemory> {
+    let mut all: Vec<DeviceMemory> = Vec::new();
+    for (stage, layout) in layouts.iter().enumerate() {
+        for (device, hosted) in &layout.groups {
+            let of = |bytes: &dyn Fn(&RankPartition) -> usize| {
+                hosted.iter().map(|&rank| bytes(&partition.stages[stage].ranks[rank]) as u64).sum::<u64>()
+            };
+            let page = |rank: &RankPartition| 2 * layout.plan.layers * BLOCK * size_of::<f32>() * rank.width(Dim::KvHeads, params.config());
+            let rows = |rows| if rows == Rows::All { room.rows } else { room.wanted };
+            let row =
+                |rank: &RankPartition| layout.plan.bufs.iter().map(|buf| 4 * rows(buf.rows) * rank.width(buf.dim, params.config())).sum();
+            let at = all.iter().position(|memory| memory.device == device.label()).unwrap_or_else(|| {
+                let weights = ranks.iter().filter(|rank| rank.device == device.label()).map(|rank| rank.weight_bytes).sum();
+                all.push(DeviceMemory { device: device.label(), weights, cache: 0, workspace: 0, has: device.memory() });
+                all.len() - 1
+            });
+            all[at].cache += room.pages as u64 * of(&page);
+            all[at].workspace += of(&row);
+        }
+    }
+    all
 }
 
 /// A stage as it will be: its plan, and which ranks live together.
@@ -96,7 +139,10 @@ impl Layout {
     ) -> impl Iterator<Item = (&'a Device, Assignment<'a>)> {
         self.groups.iter().map(move |(device, ranks)| {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
-            (device, Assignment { stage, stays: self.stays, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing })
+            (
+                device,
+                Assignment { stage, stays: self.stays, spare: None, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing },
+            )
         })
     }
 }
@@ -122,6 +168,18 @@ pub(super) fn rank_infos(
     }
     infos.sort_by_key(|info| (info.stage, info.rank));
     Ok(infos)
+}
+
+/// Bytes that a device has for the cache and activations of each of its places, beside all weights that it will hold; `None` if nobody knows.
+///
+/// # Errors
+/// [`Error::TooLittleMemory`] if it can't even hold the weights.
+pub(super) fn spare(device: &Device, ranks: &[RankInfo], layouts: &[Layout]) -> Result<Option<u64>> {
+    let Some(memory) = device.memory() else { return Ok(None) };
+    let wanted = ranks.iter().filter(|rank| rank.device == device.label()).map(|rank| rank.weight_bytes).sum();
+    let places = layouts.iter().flat_map(|layout| &layout.groups).filter(|(other, _)| other.label() == device.label()).count();
+    let spare = memory.checked_sub(wanted).ok_or_else(|| Error::TooLittleMemory { device: device.to_string(), memory, wanted })?;
+    Ok(Some(spare / places.max(1) as u64))
 }
 
 /// How matrices are quantised, if `config` wants that.
@@ -151,7 +209,7 @@ pub(super) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> 
 /// What loading `params` onto `devices` will do, without loading anything. The list is cut into equal groups, one a stage.
 ///
 /// # Errors
-/// What makes the grid impossible: see [`Partition::new`].
+/// What makes the grid impossible: see [`Partition::new`]; a device that can't hold its part.
 pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
     let stages = config.stages.unwrap_or(1);
     let world = ranks_per_stage(devices.len(), stages)?;
@@ -160,7 +218,9 @@ pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Dev
     let local: Vec<usize> = (0..world).collect();
     let layouts = lay_out(params, &partition, &local, devices, 1);
     let ranks = rank_infos(params, &partition, &layouts, packing)?;
+    let room = room(params, config, &partition, &layouts, &ranks, packing)?;
     Ok(PlanSummary {
+        memory: memory(params, &partition, &layouts, &ranks, room),
         ops_per_token: layouts.iter().map(|l| l.plan.ops.len()).sum(),
         submissions_per_token: layouts.iter().map(|l| l.plan.segments.len() * l.groups.len()).sum(),
         collectives_per_token: layouts.iter().map(|l| l.plan.collectives()).sum(),

@@ -12,6 +12,8 @@ pub(crate) struct Adapter {
     pub features: wgpu::Features,
     /// The driver says that it conforms to its API.
     pub conformant: bool,
+    /// Bytes of its own memory (or of what it shares with the CPU), where the API tells.
+    pub memory: Option<u64>,
 }
 
 impl Adapter {
@@ -48,10 +50,29 @@ fn enumerate() -> Vec<Arc<Adapter>> {
         .into_iter()
         .filter_map(|i| {
             let handle = all[i].take()?;
-            let (limits, features) = (handle.limits(), handle.features());
-            Some(Arc::new(Adapter { handle, info: infos[i].clone(), limits, features, conformant: conforms[i] }))
+            let (limits, features, memory) = (handle.limits(), handle.features(), memory(&handle));
+            Some(Arc::new(Adapter { handle, info: infos[i].clone(), limits, features, conformant: conforms[i], memory }))
         })
         .collect()
+}
+
+/// The largest heap of a Vulkan device's own memory. wgpu knows nothing of memory, nor do Metal and DX12 through it.
+#[cfg(any(target_os = "linux", target_os = "android", target_os = "freebsd", windows))]
+fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
+    /// VK_MEMORY_HEAP_DEVICE_LOCAL_BIT
+    const DEVICE_LOCAL: u32 = 1;
+    // SAFETY: nothing is kept of the adapter, and nothing is done to it.
+    let vulkan = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
+    let instance = vulkan.shared_instance().raw_instance();
+    // SAFETY: the adapter is of this instance, and keeps it alive.
+    let properties = unsafe { instance.get_physical_device_memory_properties(vulkan.raw_physical_device()) };
+    let heaps = properties.memory_heaps.iter().take(properties.memory_heap_count as usize);
+    heaps.filter(|heap| heap.flags.as_raw() & DEVICE_LOCAL != 0).map(|heap| heap.size).max()
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android", target_os = "freebsd", windows)))]
+fn memory(_: &wgpu::Adapter) -> Option<u64> {
+    None
 }
 
 /// The smaller, the sooner a backend is taken for a card that several show.

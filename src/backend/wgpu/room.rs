@@ -85,6 +85,16 @@ pub(super) fn split(bounds: Bounds, assignment: &Assignment<'_>, positions: Opti
     positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32 })
 }
 
+/// Bytes of a place's activations, at most, and of what is read of them.
+fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
+    let bytes = |i: usize| {
+        let rows = if assignment.plan.bufs[i].rows == Rows::All { room.rows } else { room.wanted };
+        parts(assignment, Buf(i)).into_iter().map(|part| 4 * (rows * part.stride()) as u64).sum::<u64>()
+    };
+    let all = (0..assignment.plan.bufs.len()).map(bytes);
+    all.clone().sum::<u64>() + all.max().unwrap_or(0)
+}
+
 /// What of `want` fits.
 pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, want: Room) -> Result<Room> {
     let head_dim = assignment.config.head_dim;
@@ -106,18 +116,23 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
         reads.map(|b| parts(assignment, b).into_iter().map(Part::stride).sum::<usize>()).max().unwrap_or(0).max(1) as u64
     };
     let rows = |of: Rows| (bounds.binding / 4 / widest(of)).min(bounds.buffer / 4 / read(of));
-    let pages = || {
+    let pages = |room: Room| {
         let bytes: Vec<u64> = assignment.ranks.iter().map(|&rank| page_bytes(assignment, rank).max(1)).collect();
         let all: u64 = bytes.iter().sum::<u64>() * 2 * assignment.plan.layers.max(1) as u64;
-        bytes.iter().map(|b| bounds.binding / b).min().unwrap_or(0).min(MOST_KV / all)
+        let spare = assignment.spare.map_or(MOST_KV, |spare| spare.saturating_sub(workspace(assignment, room)).min(MOST_KV));
+        bytes.iter().map(|b| bounds.binding / b).min().unwrap_or(0).min(spare / all)
     };
     let most = |wanted: usize, fit: u64, what: &str| match usize::try_from(fit).unwrap_or(usize::MAX).min(wanted) {
-        0 if wanted > 0 => Err(owner.error(format!("not even one {what} fits a binding of {} bytes", bounds.binding))),
+        0 if wanted > 0 => {
+            let memory = assignment.spare.map_or(String::new(), |spare| format!(" and the {spare} bytes of memory beside the weights"));
+            Err(owner.error(format!("not even one {what} fits a binding of {} bytes{memory}", bounds.binding)))
+        }
         n => Ok(n),
     };
-    Ok(Room {
+    let rows = Room {
         rows: most(want.rows, rows(Rows::All), "row of activations")?,
         wanted: most(want.wanted, rows(Rows::Wanted), "row of logits")?,
-        pages: most(want.pages, pages(), "page of keys")?,
-    })
+        pages: want.pages,
+    };
+    Ok(Room { pages: most(want.pages, pages(rows), "page of keys")?, ..rows })
 }

@@ -177,6 +177,7 @@ impl Model {
             stage: 0,
             stays: false,
             tune: false,
+            spare: None,
             ranks: (0..self.partition.ranks.len()).collect(),
             plan: &self.plan,
             config: &self.config,
