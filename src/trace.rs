@@ -101,13 +101,13 @@ impl Trace {
         }
     }
 
-    /// Seconds spent on micro-batches, summed over rows: compute, read, reduce, write.
-    pub(crate) fn seconds(&self) -> [f64; 4] {
+    /// Seconds spent on micro-batches, by row: compute, read, reduce, write.
+    pub(crate) fn seconds(&self) -> Vec<[f64; 4]> {
         let spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut sums = [0.0; 4];
+        let mut sums = vec![[0.0; 4]; self.rows.len()];
         for span in &spans.0 {
             if span.category != Category::Schedule {
-                sums[span.category as usize] += (span.end - span.start).as_secs_f64();
+                sums[span.row][span.category as usize] += (span.end - span.start).as_secs_f64();
             }
         }
         sums

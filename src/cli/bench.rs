@@ -11,8 +11,8 @@ use super::Outcome;
 use super::grid::{GridArgs, RunArgs};
 use super::output::{bytes, print, print_json, table};
 
-/// What a step's time goes to, in the order of [`TensorParallelMistral::traced_seconds`].
-const PARTS: [&str; 4] = ["compute", "read", "reduce", "write"];
+/// What a step's time goes to, in the order of [`TensorParallelMistral::traced_seconds`]; and what is left of it, in which a rank waits for others.
+const PARTS: [&str; 5] = ["compute", "read", "reduce", "write", "idle"];
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -144,12 +144,17 @@ pub fn run(args: &Args) -> Outcome {
     loaded.model.start_trace();
     let parts = args.run.traced(&loaded, || {
         states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
-        let before = loaded.model.traced_seconds();
-        run.decode(&mut states)?;
-        let after = loaded.model.traced_seconds();
-        let share = (d * plan.ranks.len()) as f64;
-        Ok([0, 1, 2, 3].map(|part| (after[part] - before[part]) / share))
+        let before = loaded.model.traced_seconds_by_rank();
+        let seconds = run.decode(&mut states)?;
+        let after = loaded.model.traced_seconds_by_rank();
+        let a_step = |(after, before): (&[f64; 4], &[f64; 4])| {
+            let parts = [0, 1, 2, 3].map(|part| (after[part] - before[part]) / d as f64);
+            let idle = (seconds / d as f64 - parts.iter().sum::<f64>()).max(0.0);
+            [parts[0], parts[1], parts[2], parts[3], idle]
+        };
+        Ok(after.iter().zip(&before).map(a_step).collect::<Vec<_>>())
     })?;
+    let mean = |part: usize| parts.iter().map(|rank| rank[part]).sum::<f64>() / parts.len() as f64;
 
     let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, (batch * d) as f64 / decode, peak_rss_bytes());
     if args.grid.json {
@@ -163,7 +168,10 @@ pub fn run(args: &Args) -> Outcome {
             "collectives_per_token": plan.collectives_per_token,
             "load_s": loaded.seconds,
             "peak_rss_bytes": peak,
-            "step_s": PARTS.into_iter().zip(parts).collect::<std::collections::BTreeMap<_, _>>(),
+            "step_s": named(&std::array::from_fn(mean)),
+            "ranks": loaded.model.ranks().iter().zip(&parts).map(|(rank, parts)| {
+                json!({ "stage": rank.stage, "rank": rank.rank, "device": rank.device, "step_s": named(parts) })
+            }).collect::<Vec<_>>(),
         });
         if args.stats {
             document["cpu_tasks"] = json!({ "prefill": tasks[0].json(), "decode": tasks[1].json() });
@@ -178,14 +186,23 @@ pub fn run(args: &Args) -> Outcome {
         vec![if batch == 1 { "weights read a token".into() } else { "weights read a step".into() }, bytes(plan.weight_bytes_per_token)],
         vec!["peak memory".into(), peak.map_or("unknown".into(), bytes)],
     ];
-    rows.extend(PARTS.iter().zip(parts).map(|(part, seconds)| vec![format!("{part}, a decode step"), format!("{:.1} us", seconds * 1e6)]));
     if args.stats {
         for (part, tasks) in ["prefill", "decode"].into_iter().zip(tasks) {
             let Tasks { created, stolen } = tasks;
             rows.push(vec![format!("CPU tasks, {part}"), format!("{created}, {stolen} stolen ({:.1} %)", 100.0 * tasks.steal_ratio())]);
         }
     }
-    print(&table(&rows))
+    let header = [&["us of a decode step", "stage", "rank"][..], &PARTS].concat().into_iter().map(str::to_owned).collect();
+    let steps = loaded.model.ranks().iter().zip(&parts).map(|(rank, parts)| {
+        let places = [rank.device.clone(), rank.stage.to_string(), rank.rank.to_string()];
+        places.into_iter().chain(parts.map(|seconds| format!("{:.1}", seconds * 1e6))).collect()
+    });
+    print(&format!("{}\n{}", table(&rows), table(&std::iter::once(header).chain(steps).collect::<Vec<_>>())))
+}
+
+/// The seconds of each part of a step.
+fn named(parts: &[f64; 5]) -> std::collections::BTreeMap<&'static str, f64> {
+    PARTS.into_iter().zip(*parts).collect()
 }
 
 /// The most memory that this process has had, where the system says.

@@ -378,6 +378,13 @@ impl<By> ParallelMistral<By> {
     /// Seconds recorded since the first [`Self::start_trace`], summed over ranks: computing, reading, reducing, writing.
     #[must_use]
     pub fn traced_seconds(&self) -> [f64; 4] {
+        let by_rank = self.traced_seconds_by_rank();
+        std::array::from_fn(|part| by_rank.iter().map(|seconds| seconds[part]).sum())
+    }
+
+    /// The same of each rank, in the order of [`Self::ranks`].
+    #[must_use]
+    pub fn traced_seconds_by_rank(&self) -> Vec<[f64; 4]> {
         self.grid.trace().seconds()
     }
 

@@ -61,6 +61,10 @@ fn enumerate() -> Vec<Arc<Adapter>> {
 fn memory(adapter: &wgpu::Adapter) -> Option<u64> {
     /// VK_MEMORY_HEAP_DEVICE_LOCAL_BIT
     const DEVICE_LOCAL: u32 = 1;
+    // What a software adapter says has nothing to do with what it can take.
+    if adapter.get_info().device_type == DeviceType::Cpu {
+        return None;
+    }
     // SAFETY: nothing is kept of the adapter, and nothing is done to it.
     let vulkan = unsafe { adapter.as_hal::<wgpu::hal::api::Vulkan>() }?;
     let instance = vulkan.shared_instance().raw_instance();
