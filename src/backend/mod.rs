@@ -79,6 +79,8 @@ pub(crate) struct Batch {
     pub rope: Vec<f32>,
     pub kv: KvType,
     pub numerics: Numerics,
+    /// Whether devices that can measure their own time do so.
+    pub timed: bool,
 }
 
 /// The rows of a batch on their way into a stage and from one stage to the next: `[rows, width]`, no padding.
@@ -139,6 +141,8 @@ pub struct PlaceCounts {
     pub ops: u64,
     /// Compute dispatches encoded; 0 on the CPU.
     pub dispatches: u64,
+    /// Nanoseconds that the device computed by its own clock, in batches that were traced; 0 on the CPU and where there are no timestamps.
+    pub device_nanoseconds: u64,
     /// Bytes written by the host and read back by it, for collectives.
     pub bytes_written: u64,
     pub bytes_read: u64,

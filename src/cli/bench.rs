@@ -144,16 +144,17 @@ pub fn run(args: &Args) -> Outcome {
     loaded.model.start_trace();
     let parts = args.run.traced(&loaded, || {
         states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
-        let before = loaded.model.traced_seconds_by_rank();
+        let before = (loaded.model.traced_seconds_by_rank(), device_seconds(&loaded.model)?);
         let seconds = run.decode(&mut states)?;
-        let after = loaded.model.traced_seconds_by_rank();
+        let (after, clocked) = (loaded.model.traced_seconds_by_rank(), (device_seconds(&loaded.model)? - before.1) / d as f64);
         let a_step = |(after, before): (&[f64; 4], &[f64; 4])| {
             let parts = [0, 1, 2, 3].map(|part| (after[part] - before[part]) / d as f64);
             let idle = (seconds / d as f64 - parts.iter().sum::<f64>()).max(0.0);
             [parts[0], parts[1], parts[2], parts[3], idle]
         };
-        Ok(after.iter().zip(&before).map(a_step).collect::<Vec<_>>())
+        Ok((after.iter().zip(&before.0).map(a_step).collect::<Vec<_>>(), clocked))
     })?;
+    let (parts, clocked) = parts;
     let mean = |part: usize| parts.iter().map(|rank| rank[part]).sum::<f64>() / parts.len() as f64;
 
     let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, (batch * d) as f64 / decode, peak_rss_bytes());
@@ -169,6 +170,7 @@ pub fn run(args: &Args) -> Outcome {
             "load_s": loaded.seconds,
             "peak_rss_bytes": peak,
             "step_s": named(&std::array::from_fn(mean)),
+            "device_s": clocked,
             "ranks": loaded.model.ranks().iter().zip(&parts).map(|(rank, parts)| {
                 json!({ "stage": rank.stage, "rank": rank.rank, "device": rank.device, "step_s": named(parts) })
             }).collect::<Vec<_>>(),
@@ -192,12 +194,20 @@ pub fn run(args: &Args) -> Outcome {
             rows.push(vec![format!("CPU tasks, {part}"), format!("{created}, {stolen} stolen ({:.1} %)", 100.0 * tasks.steal_ratio())]);
         }
     }
+    if clocked > 0.0 {
+        rows.push(vec!["GPUs' own clocks, a decode step".into(), format!("{:.1} us", clocked * 1e6)]);
+    }
     let header = [&["us of a decode step", "stage", "rank"][..], &PARTS].concat().into_iter().map(str::to_owned).collect();
     let steps = loaded.model.ranks().iter().zip(&parts).map(|(rank, parts)| {
         let places = [rank.device.clone(), rank.stage.to_string(), rank.rank.to_string()];
         places.into_iter().chain(parts.map(|seconds| format!("{:.1}", seconds * 1e6))).collect()
     });
     print(&format!("{}\n{}", table(&rows), table(&std::iter::once(header).chain(steps).collect::<Vec<_>>())))
+}
+
+/// What GPUs have computed by their own clocks, all together.
+fn device_seconds(model: &TensorParallelMistral) -> Result<f64, Error> {
+    Ok(model.counts()?.iter().map(|place| place.device_nanoseconds as f64 / 1e9).sum())
 }
 
 /// The seconds of each part of a step.

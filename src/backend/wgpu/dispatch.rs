@@ -103,7 +103,7 @@ mod tests {
         let batch = |rows: u32, pos: u32| {
             let rows = (0..rows).map(|i| Row { seq: 0, pos: pos + i }).collect();
             let (seqs, wanted, copies, rope) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast }
+            Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast, timed: false }
         };
         let split = Some(Split { positions: 512, most: 16 });
         for (rows, pos, expected) in

@@ -70,7 +70,7 @@ impl Gpu {
     pub(super) fn open(adapter: &Adapter, binding: u64, owner: Owner) -> Result<Self> {
         let descriptor = wgpu::DeviceDescriptor {
             label: Some(&owner.device),
-            required_features: adapter.features & wgpu::Features::SUBGROUP,
+            required_features: adapter.features & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY),
             required_limits: wgpu::Limits { max_storage_buffer_binding_size: binding, ..adapter.limits.clone() },
             // Buffers are few and large: blocks reserved ahead of need would be wasted.
             memory_hints: wgpu::MemoryHints::MemoryUsage,

@@ -11,6 +11,7 @@ mod opened;
 mod place;
 mod room;
 mod shaders;
+mod timer;
 mod tune;
 mod tuned;
 mod tuning;

@@ -13,6 +13,7 @@ use super::lower::{Activation, Lowered, Lowerer};
 use super::moment::Moment;
 use super::opened::Opened;
 use super::room::{self, Bounds};
+use super::timer::Timer;
 use super::tune::Tuner;
 use super::tuning::Tuning;
 use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
@@ -41,6 +42,8 @@ struct Flight {
     /// Rows of what is read, and its bytes in the staging buffer.
     rows: usize,
     bytes: u64,
+    /// Whether timestamps lie behind what is read.
+    timed: bool,
     /// What is handed over instead of read.
     handover: Option<Handover>,
 }
@@ -75,6 +78,7 @@ pub(crate) struct GpuPlace {
     dimension: u32,
     /// What a segment reads, on its way to the host.
     staging: wgpu::Buffer,
+    timer: Option<Timer>,
     /// And on its way to the next stage.
     handovers: Handovers,
     flight: Option<Flight>,
@@ -148,7 +152,8 @@ impl GpuPlace {
             read.max().unwrap_or(0).max(16)
         };
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let staging = gpu.buffer("what is read back", most(false), usage)?;
+        let staging = gpu.buffer("what is read back", most(false).next_multiple_of(8) + Timer::BYTES, usage)?;
+        let timer = Timer::new(&gpu)?;
         let handovers = Handovers::new(most(true));
         gpu.flush()?;
         let counts = PlaceCounts { weight_bytes: weight_bytes.iter().sum(), ..PlaceCounts::default() };
@@ -162,6 +167,7 @@ impl GpuPlace {
             activations: lowered.activations,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
             staging,
+            timer,
             handovers,
             flight: None,
             output: Vec::new(),
@@ -247,7 +253,9 @@ impl Place for GpuPlace {
         if segment.0 == 0 {
             self.caches.copy(&mut encoder, &batch.copies);
         }
-        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        let timer = self.timer.as_ref().filter(|_| batch.timed && !lowered.stays);
+        let timestamp_writes = timer.map(Timer::writes);
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
             if dispatch.encode(&mut pass, batch, self.dimension) {
                 self.counts.dispatches += 1;
@@ -267,7 +275,13 @@ impl Place for GpuPlace {
                 at += size;
             }
         }
-        let bytes = if lowered.stays { 0 } else { all };
+        let mut bytes = if lowered.stays { 0 } else { all };
+        let timer = timer.filter(|_| bytes > 0);
+        if let Some(timer) = timer {
+            timer.copy(&mut encoder, &self.staging, bytes);
+            bytes += Timer::BYTES;
+        }
+        let timed = timer.is_some();
         let signal = Arc::new(Signal::default());
         let done = Arc::clone(&signal);
         if bytes > 0 {
@@ -278,7 +292,7 @@ impl Place for GpuPlace {
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
         self.counts.ops += lowered.ops;
-        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, handover });
+        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, timed, handover });
         self.gpu.check()
     }
 
@@ -298,7 +312,11 @@ impl Place for GpuPlace {
         let flight = self.landed()?;
         if flight.bytes > 0 {
             let view = self.staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
-            let mut values: &[f32] = bytemuck::cast_slice(&view);
+            let (read, timestamps) = view.split_at(view.len() - if flight.timed { Timer::BYTES as usize } else { 0 });
+            if let Some(timer) = self.timer.as_ref().filter(|_| flight.timed) {
+                self.counts.device_nanoseconds += timer.nanoseconds(timestamps);
+            }
+            let mut values: &[f32] = bytemuck::cast_slice(read);
             for part in &self.segments[flight.segment].read {
                 let rows;
                 (rows, values) = values.split_at(flight.rows * part.stride());

@@ -158,3 +158,20 @@ fn a_place_counts_what_it_does() {
         assert_eq!(place.ranks(), [0]);
     }
 }
+
+#[test]
+fn a_traced_batch_is_timed_by_the_devices_own_clock() {
+    for device in gpus() {
+        let model = model(64, 64);
+        let mut place = model.on(&device, ROOM).unwrap();
+        let expected = run(&mut place, &model.rows(1, 70), &[0.5; 70 * 64]);
+        assert_eq!(place.counts().device_nanoseconds, 0, "{device}");
+        let batch = crate::backend::Batch { timed: true, ..model.rows(2, 70) };
+        let start = std::time::Instant::now();
+        assert_eq!(run(&mut place, &batch, &[0.5; 70 * 64]), expected, "{device}");
+        let (found, host) = (place.counts().device_nanoseconds, start.elapsed().as_nanos() as u64);
+        assert_eq!(found > 0, device.limits().unwrap().timestamps, "{device}");
+        assert!(found <= host, "{device}: {found} ns of {host}");
+        assert_eq!(place.counts().bytes_read, 2 * 4 * 70 * 64, "{device}: timestamps are no data");
+    }
+}

@@ -216,7 +216,17 @@ impl Model {
             (0..half).map(move |i| angle(i).cos() as f32).chain((0..half).map(move |i| angle(i).sin() as f32))
         });
         let rope = rope.collect();
-        Batch { number, wanted: (0..rows.len() as u32).collect(), rows, seqs, copies: Vec::new(), rope, kv, numerics: Numerics::Exact }
+        Batch {
+            number,
+            wanted: (0..rows.len() as u32).collect(),
+            rows,
+            seqs,
+            copies: Vec::new(),
+            rope,
+            kv,
+            numerics: Numerics::Exact,
+            timed: false,
+        }
     }
 }
 
