@@ -118,6 +118,8 @@ fn wrong_usage_is_one_sentence_and_status_2() {
             ("generate --model {model} --prompt a --context 0", "--context"),
             ("generate --model {model} --prompt a --kv f64", "f64"),
             ("plan --model {model} --shares half", "half"),
+            ("plan --model {model} --devices cpu --predict --batch 0", "--batch"),
+            ("tune --devices cpu --rounds 5", "--rounds"),
             ("generate --model {model} --prompt a --speculate 33", "0..=32"),
             ("perplexity --model {model}", "--text"),
             ("perplexity --model {model} --text {ids} --window 1 --devices cpu", "a window of 1 tokens scores nothing"),
@@ -148,6 +150,7 @@ fn a_failure_is_one_sentence_and_status_1() {
             ("generate --model {model} --devices cpu --prompt=", "the prompt is empty"),
             ("plan --model {dir} --devices cpu", "config.json"),
             ("plan --model {model} --devices tpu", "\"tpu\""),
+            ("tune --devices cpu", "one kernel for each format"),
             ("plan --model {model} --devices gpu:999", "gpu:999"),
             ("plan --model {model} --devices=", "device list is empty"),
             ("plan --model {model} --devices cpu,cpu,cpu --stages 2", "2 stages"),
@@ -449,7 +452,22 @@ fn a_plan_says_who_owns_what_before_loading() {
     for count in ["ops_per_token", "submissions_per_token", "collectives_per_token"] {
         assert!(plan[count].as_u64().unwrap() > 0, "{count}");
     }
-    assert_eq!(bench.run("plan --model {model} --devices cpu,cpu").stdout.lines().count(), 5);
+    let memory = &plan["memory"][0];
+    assert_eq!((&memory["device"], &memory["weight_bytes"]), (&json!("cpu"), &plan["weight_bytes_per_token"]));
+    assert!(memory["cache_bytes"].as_u64().unwrap() > 0 && plan["forecast"].is_null(), "{plan}");
+    // Ranks, memory, what a token takes.
+    assert_eq!(bench.run("plan --model {model} --devices cpu,cpu").stdout.lines().count(), 3 + 1 + 2 + 1 + 1);
+}
+
+#[test]
+fn a_forecast_says_how_fast_what_was_asked_for_would_be_and_what_else_there_is() {
+    let bench = Bench::new();
+    let plan = bench.run("plan --model {model} --devices cpu,cpu --predict --batch 2 --json").json();
+    let forecast = &plan["forecast"];
+    assert_eq!((&forecast["asked"]["devices"], &forecast["asked"]["batch"]), (&json!(["cpu", "cpu"]), &json!(2)));
+    assert_eq!(forecast["predictions"].as_array().unwrap().len(), 1, "{forecast}");
+    assert!(forecast["asked"]["tokens_per_s"].as_f64().unwrap() > 0.0 && forecast["chosen"] == 0, "{forecast}");
+    assert!(bench.run("plan --model {model} --devices cpu --predict").stdout.contains("cpu is the only device"));
 }
 
 #[test]
@@ -461,6 +479,7 @@ fn a_benchmark_measures_speed_and_memory() {
         assert!(found[key].as_f64().unwrap() > 0.0, "{key}: {found}");
     }
     assert!(found["step_s"]["compute"].as_f64().unwrap() > 0.0, "{found}");
+    assert!(found["ranks"][1]["step_s"]["compute"].as_f64().unwrap() > 0.0 && found["ranks"][2].is_null(), "{found}");
     assert!(found["peak_rss_bytes"].as_u64().is_none_or(|bytes| bytes > 1 << 20), "{found}");
     assert!(bench.run(line).stdout.contains("tokens/s"));
 }

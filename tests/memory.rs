@@ -61,7 +61,8 @@ fn child() -> bool {
             std::thread::sleep(Duration::from_micros(200));
         }
     });
-    let config = ParallelConfig::default().kv_positions(64);
+    // What drivers take to compile the variants that are measured is theirs.
+    let config = ParallelConfig::default().kv_positions(64).untuned();
     let model = TensorParallelMistral::load_grid(Parameters::load(dir).unwrap(), config, Device::parse_list(devices).unwrap()).unwrap();
     let mut state = InferenceState::new(model.config());
     (0..tokens.parse().unwrap()).for_each(|token| model.forward(&mut state, token, false));

@@ -242,7 +242,7 @@ impl<'a> Lowerer<'a> {
         }
         for block in &weight.blocks {
             let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
-            let variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer)?;
+            let variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
             let shape = Shape {
                 blocks: weight.blocks_of_columns as u32,
                 out: block.rows as u32,

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 /// Smaller weights take whatever the adapter's defaults are: what they cost is launching.
 const SMALLEST: usize = 1 << 20;
 
-/// The most that the copies of a weight take that are read in turn, so that a cache doesn't hold them all.
+/// The most that the copies of a weight take that a report reads in turn, so that a cache doesn't hold them all.
 const COPIES: usize = 128 << 20;
 
 /// How long a measurement of one variant may take, without its compilation.
@@ -71,14 +71,14 @@ impl Tuner {
         self.base
     }
 
-    /// How a layer of this shape is computed.
-    pub(super) fn linear(&mut self, gpu: &Gpu, pipelines: &mut Pipelines<'_>, layer: Layer) -> Result<Linear> {
+    /// How a layer of this shape is computed, of which `weights` are one.
+    pub(super) fn linear(&mut self, gpu: &Gpu, pipelines: &mut Pipelines<'_>, layer: Layer, weights: &wgpu::Buffer) -> Result<Linear> {
         let Some(tuned) = self.tuned.as_mut().filter(|_| layer.bytes() >= SMALLEST) else { return Ok(self.base.linear) };
         let key = layer.key();
         if let Some(linear) = tuned.get(&key) {
             return Ok(linear);
         }
-        let linear = choose(gpu, pipelines, layer, self.base.linear)?;
+        let linear = choose(pipelines, &Bench::new(gpu, layer, vec![weights.clone()])?, self.base.linear)?;
         tuned.keep(key, linear);
         Ok(linear)
     }
@@ -103,14 +103,14 @@ const SEVERAL: [Few; 5] = [
 const TILES: [Tile; 3] =
     [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 2, across: 4 }];
 
-fn choose(gpu: &Gpu, pipelines: &mut Pipelines<'_>, layer: Layer, base: Linear) -> Result<Linear> {
-    let bench = Bench::new(gpu, layer)?;
+fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Result<Linear> {
+    let layer = bench.layer;
     let few = |few| Kernel::Linear(layer.format, Finish::Store, few);
     let one = bench.fastest(pipelines, &ONE.map(few), 1)?;
     let several = bench.fastest(pipelines, &SEVERAL.map(few), FEW)?;
     let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None };
     if let Some((least, _)) = base.many {
-        let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.fits(gpu)).collect();
+        let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.fits(bench.gpu)).collect();
         let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearTile(layer.format, Finish::Store, tile)).collect();
         let (tile, time) = bench.fastest(pipelines, &kernels, MANY)?;
         if time < bench.time(pipelines, few(linear.few), MANY, Duration::MAX)? {
@@ -143,7 +143,10 @@ pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, ou
     }
     let gpu = Gpu::open(adapter, most, owner)?;
     let mut pipelines = Pipelines::new(&gpu.device, Tuning::of(adapter), 64);
-    let bench = Bench::new(&gpu, layer)?;
+    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST;
+    let copies = (COPIES / layer.bytes()).clamp(1, 4);
+    let weights = (0..copies).map(|_| gpu.buffer("weights to measure with", layer.bytes() as u64, usage)).collect::<Result<_>>()?;
+    let bench = Bench::new(&gpu, layer, weights)?;
     let kernels = ONE.map(|few| Kernel::Linear(format, Finish::Store, few));
     let (chosen, _) = bench.fastest(&mut pipelines, &kernels, 1)?;
     let mut times = [Duration::MAX; ONE.len()];
@@ -156,7 +159,7 @@ pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, ou
     Ok(ONE.into_iter().zip(times).enumerate().map(|(i, (few, time))| KernelTime { name: name(few), time, chosen: i == chosen }).collect())
 }
 
-/// A linear layer of nothing but zeros.
+/// A linear layer whose inputs are all zero.
 struct Bench<'a> {
     gpu: &'a Gpu,
     layer: Layer,
@@ -168,11 +171,10 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(gpu: &'a Gpu, layer: Layer) -> Result<Self> {
+    fn new(gpu: &'a Gpu, layer: Layer, weights: Vec<wgpu::Buffer>) -> Result<Self> {
         use wgpu::BufferUsages as Usage;
         let (columns, outs) = (layer.blocks * BLOCK, layer.tiles * TILE);
         let buffer = |bytes: usize, usage| gpu.buffer("what kernels are measured with", bytes as u64, usage | Usage::COPY_DST);
-        let copies = (COPIES / layer.bytes()).clamp(1, 4);
         let shape = Shape {
             width: columns as u32,
             width4: (columns / 4) as u32,
@@ -184,7 +186,7 @@ impl<'a> Bench<'a> {
         let bench = Self {
             gpu,
             layer,
-            weights: (0..copies).map(|_| buffer(layer.bytes(), Usage::STORAGE)).collect::<Result<_>>()?,
+            weights,
             x: buffer(4 * MANY * columns, Usage::STORAGE)?,
             y: buffer(4 * MANY * outs, Usage::STORAGE)?,
             shape: buffer(size_of::<Shape>(), Usage::UNIFORM)?,

@@ -6,8 +6,8 @@ use crate::error::Result;
 use crate::kernels::matrix::{DType, Matrix};
 use crate::kernels::quant::{self, Packed, QuantFormat};
 
-/// The most that is on its way to the device at once, in bytes: wgpu keeps what was written until it is flushed.
-const CHUNK: usize = 16 << 20;
+/// The most that is laid out at once, in bytes. As much again is on its way to the device: wgpu keeps what was written until it is flushed.
+const CHUNK: usize = 8 << 20;
 
 /// Rows of a tile.
 pub(super) const TILE: usize = 16;
