@@ -70,7 +70,7 @@ pub struct KernelTime {
     pub name: String,
     /// The least of several rounds.
     pub time: std::time::Duration,
-    /// A model would take it.
+    /// The short measurement takes it.
     pub chosen: bool,
 }
 
@@ -296,8 +296,8 @@ impl Device {
         }
     }
 
-    /// How long each variant of the product of a matrix with one row takes on this GPU, and which of them a model would take after its short
-    /// measurement. `weights`: how the matrix of `out` x `cols` is held, `f32`, `f16`, `bf16`, `q8_0`, `q4_0` or `iq4_nl`.
+    /// How long each variant of the product of a matrix with one row takes on this GPU, and which of them the same short measurement takes that a
+    /// model makes of its own weights. `weights`: how the matrix of `out` x `cols` is held, `f32`, `f16`, `bf16`, `q8_0`, `q4_0` or `iq4_nl`.
     ///
     /// # Errors
     /// On the CPU, which has one kernel for each format; for other names; where the matrix doesn't fit a binding; if the device fails.

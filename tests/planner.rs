@@ -43,7 +43,8 @@ fn every_device_is_considered_alone_and_the_fastest_together() {
     let split = choice.predictions.iter().find(|prediction| prediction.devices.len() == 2).unwrap();
     assert!(split.shares.as_ref().unwrap().iter().all(|share| *share > 0.0), "{split:?}");
     assert!(choice.predictions.is_sorted_by(|a, b| a.seconds_per_step <= b.seconds_per_step), "{choice:?}");
-    let [(_, error)] = &choice.failed[..] else { panic!("{choice:?}") };
+    let [(failed, error)] = &choice.failed[..] else { panic!("{choice:?}") };
+    assert_eq!(failed.len(), 1);
     assert!(error.to_string().contains("binding of 256 bytes"), "{error}");
     // What was chosen is not slower than either device alone.
     let chosen = &choice.predictions[choice.chosen];
@@ -74,4 +75,20 @@ fn a_plan_says_what_every_device_holds_and_refuses_what_does_not_fit() {
     let limited = gpu.with_memory_limit(weights - 100);
     let error = TensorParallelMistral::load_grid(params, config(), [limited]).err().unwrap();
     assert!(matches!(error, Error::TooLittleMemory { .. }), "{error}");
+}
+
+#[test]
+fn what_fits_no_device_alone_is_split_over_several_that_it_fits() {
+    let Some(gpu) = common::gpus().into_iter().next() else { return };
+    let params = fixture::load("tiny-mistral");
+    let config = config().kv_positions(64);
+    let weights = plan_summary(&params, &config, std::slice::from_ref(&gpu)).unwrap().memory[0].weights;
+    let small = gpu.clone().isolated().with_memory_limit(weights - 1);
+    let choice = choose(&params, &config, &[small.clone(), Device::cpu()], 1).unwrap();
+    // The CPU can alone, the GPU can't.
+    assert!(choice.predictions.iter().any(|p| p.devices.len() == 1 && p.devices[0].is_cpu()), "{choice:?}");
+    assert!(choice.failed.iter().any(|(devices, e)| devices.len() == 1 && matches!(e, Error::TooLittleMemory { .. })), "{choice:?}");
+    assert!(choice.predictions.iter().all(|p| p.devices.len() > 1 || p.devices[0].is_cpu()), "{choice:?}");
+    // It alone: an error that says what is missing.
+    assert!(matches!(choose(&params, &config, &[small], 1), Err(Error::TooLittleMemory { .. })));
 }

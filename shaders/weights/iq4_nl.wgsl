@@ -28,6 +28,6 @@ fn block_at(at: u32, row: u32) -> Block {
 
 // Columns 4j to 4j + 4.
 fn block4(block: Block, j: u32) -> vec4<f32> {
-    let numbers = unpack4xU8(block.quants[j % 4u] >> (j / 4u * 4u) & 0x0f0f0f0fu);
+    let numbers = unpack4xU8((block.quants[j % 4u] >> (j / 4u * 4u)) & 0x0f0f0f0fu);
     return vec4(levels[numbers.x], levels[numbers.y], levels[numbers.z], levels[numbers.w]);
 }

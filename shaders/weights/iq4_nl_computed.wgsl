@@ -24,6 +24,6 @@ fn block_at(at: u32, row: u32) -> Block {
 
 // Columns 4j to 4j + 4. The polynomial is within 0.38 of every level.
 fn block4(block: Block, j: u32) -> vec4<f32> {
-    let n = vec4<f32>(unpack4xU8(block.quants[j % 4u] >> (j / 4u * 4u) & 0x0f0f0f0fu)) - 7.5;
+    let n = vec4<f32>(unpack4xU8((block.quants[j % 4u] >> (j / 4u * 4u)) & 0x0f0f0f0fu)) - 7.5;
     return round(((((C5 * n + C4) * n + C3) * n + C2) * n + C1) * n + C0);
 }

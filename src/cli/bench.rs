@@ -119,8 +119,9 @@ pub fn run(args: &Args) -> Outcome {
     // Each sequence has whole pages, of either type.
     config.kv_positions = config.kv_positions.map(|positions| positions.next_multiple_of(128).saturating_mul(batch));
     config.pipeline.async_execution = true;
-    let plan = plan_summary(&params, &config, &args.grid.devices()?)?;
-    let loaded = args.grid.load(&args.run, &params, config)?;
+    let (devices, config) = args.grid.chosen(&params, config)?;
+    let plan = plan_summary(&params, &config, &devices)?;
+    let loaded = args.grid.load_on(devices, &args.run, &params, config)?;
     let vocab = params.config().vocab_size;
     // Which tokens doesn't matter to the speed, but equal ones would be kind to caches.
     let token = |i: usize| (i.wrapping_mul(7919) % vocab) as u32;

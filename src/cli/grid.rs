@@ -88,20 +88,35 @@ impl GridArgs {
         config
     }
 
-    /// The devices to run on, and the shares of each: those that were asked for, or where the choice is ours and there is one, the fastest.
-    fn chosen(&self, params: &Parameters, config: ParallelConfig) -> Outcome<(Vec<Device>, ParallelConfig)> {
+    /// Whether devices and shares are left to us.
+    pub fn is_left_to_us(&self) -> bool {
+        self.devices == "auto" && self.stages.get() == 1 && self.shares.is_none()
+    }
+
+    /// The devices that were asked for; where the choice is ours, those to choose from: every hardware GPU, and the CPU.
+    pub fn candidates(&self) -> Outcome<Vec<Device>> {
         let mut devices = self.devices()?;
-        if self.devices != "auto" || devices.iter().all(Device::is_cpu) || self.stages.get() > 1 || self.shares.is_some() {
+        if self.is_left_to_us() && !devices.iter().any(Device::is_cpu) {
+            devices.push(Device::cpu());
+        }
+        Ok(devices)
+    }
+
+    /// The devices to run on, and the shares of each: those that were asked for, or where the choice is ours and there is one, the fastest.
+    pub fn chosen(&self, params: &Parameters, config: ParallelConfig) -> Outcome<(Vec<Device>, ParallelConfig)> {
+        let devices = self.candidates()?;
+        if !self.is_left_to_us() || devices.len() == 1 {
             return Ok((devices, config));
         }
-        devices.push(Device::cpu());
         let mut choice = choose(params, &config, &devices, 1)?;
-        for (device, error) in &choice.failed {
-            super::note(format!("{} is left out: {error}", device.label()));
+        for (devices, error) in &choice.failed {
+            super::note(format!("{} can't run it: {error}", labels(devices)));
         }
         let best = choice.predictions.swap_remove(choice.chosen);
-        let labels = best.devices.iter().map(Device::label).collect::<Vec<_>>().join(",");
-        super::note(format!("running on {labels}, about {:.1} tokens/s by a measurement of a few layers", best.tokens_per_second()));
+        let (devices, speed) = (labels(&best.devices), best.tokens_per_second());
+        super::note(format!(
+            "running on {devices}, where a few layers promise {speed:.1} tokens/s; torchless plan --predict shows what else there is"
+        ));
         let config = match best.shares {
             Some(shares) => config.with_shares(shares),
             None => config,
@@ -111,13 +126,18 @@ impl GridArgs {
 
     /// The model on this grid, ready to run as `run` says.
     pub fn load(&self, run: &RunArgs, params: &Parameters, config: ParallelConfig) -> Outcome<Loaded> {
+        let (devices, config) = self.chosen(params, config)?;
+        self.load_on(devices, run, params, config)
+    }
+
+    /// The model on these devices, ready to run as `run` says.
+    pub fn load_on(&self, devices: Vec<Device>, run: &RunArgs, params: &Parameters, config: ParallelConfig) -> Outcome<Loaded> {
         // Better now than after the work.
         if let Some(trace) = &run.trace {
             super::files::check_writable(trace)?;
             super::files::check_apart(trace, &[&self.model])?;
         }
         let start = Instant::now();
-        let (devices, config) = self.chosen(params, config)?;
         // Drawn only where stderr is a terminal: a spinner, until there are bytes to count.
         let bar = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
         bar.enable_steady_tick(Duration::from_millis(100));
@@ -132,6 +152,11 @@ impl GridArgs {
         bar.finish_and_clear();
         Ok(Loaded { model: model?, seconds: start.elapsed().as_secs_f64() })
     }
+}
+
+/// Devices as `--devices` takes them.
+pub fn labels(devices: &[Device]) -> String {
+    devices.iter().map(Device::label).collect::<Vec<_>>().join(",")
 }
 
 /// The look of a bar that counts bytes.

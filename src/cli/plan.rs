@@ -1,13 +1,12 @@
 //! `torchless plan`: how a model would be split, read off the checkpoint's headers; and how fast it would be, by running a few of its layers.
 
-use std::num::NonZeroUsize;
 use std::ops::Range;
 
 use serde_json::{Value, json};
 use torchless::{Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, plan_summary, predict};
 
 use super::Outcome;
-use super::grid::GridArgs;
+use super::grid::{GridArgs, labels};
 use super::output::{bytes, print, print_json, table};
 
 #[derive(clap::Args)]
@@ -20,16 +19,23 @@ pub struct Args {
     predict: bool,
 
     /// Sequences that step together, for --predict
-    #[arg(long, value_name = "B", default_value = "1")]
-    batch: NonZeroUsize,
+    #[arg(long, value_name = "B", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
+    batch: u16,
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let devices = args.grid.devices()?;
+    let candidates = args.grid.candidates()?;
     let params = Parameters::load(&args.grid.model)?;
     let config = args.grid.config(&params, params.config().max_position_embeddings);
+    let forecast = if args.predict { Some(Forecast::of(args, &params, &config, &candidates)?) } else { None };
+    let (devices, config) = match &forecast {
+        Some(Forecast { asked: None, choice }) => {
+            let best = &choice.predictions[choice.chosen];
+            (best.devices.clone(), best.shares.iter().fold(config, |config, shares| config.with_shares(shares.clone())))
+        }
+        _ => args.grid.chosen(&params, config)?,
+    };
     let plan = plan_summary(&params, &config, &devices)?;
-    let forecast = if args.predict { Some(Forecast::of(args, &params, &config, &devices)?) } else { None };
     if args.grid.json {
         return print_json(&json!({
             "forecast": forecast.as_ref().map(Forecast::document),
@@ -62,7 +68,7 @@ struct Forecast {
 
 impl Forecast {
     fn of(args: &Args, params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Outcome<Self> {
-        let batch = args.batch.get();
+        let batch = usize::from(args.batch);
         let mut distinct: Vec<Device> = Vec::new();
         for device in devices {
             if !distinct.iter().any(|known| known.label() == device.label()) {
@@ -70,15 +76,15 @@ impl Forecast {
             }
         }
         let choice = choose(params, config, &distinct, batch)?;
-        let left_to_us = args.grid.devices == "auto" || (devices.len() == 1 && config.shares.is_none());
-        let asked = if left_to_us { None } else { Some(predict(params, config, devices, batch)?) };
+        let only_one = devices.len() == 1 && config.shares.is_none();
+        let asked = if args.grid.is_left_to_us() || only_one { None } else { Some(predict(params, config, devices, batch)?) };
         Ok(Self { asked, choice })
     }
 
     fn text(&self) -> String {
         let mut rows = vec![["devices", "shares", "tokens/s", ""].map(str::to_owned).to_vec()];
         let mut row = |prediction: &Prediction, what: &str| {
-            rows.push(vec![labels(prediction), shares(prediction), format!("{:.2}", prediction.tokens_per_second()), what.into()]);
+            rows.push(vec![labels(&prediction.devices), shares(prediction), format!("{:.2}", prediction.tokens_per_second()), what.into()]);
         };
         if let Some(asked) = &self.asked {
             row(asked, "as asked");
@@ -88,8 +94,8 @@ impl Forecast {
             row(prediction, if i == *chosen { "chosen" } else { "" });
         }
         let mut text = format!("\npredicted:\n{}", table(&rows));
-        for (device, error) in failed {
-            text += &format!("{} can't: {error}\n", device.label());
+        for (devices, error) in failed {
+            text += &format!("{} can't: {error}\n", labels(devices));
         }
         text + &self.reason() + "\n"
     }
@@ -99,25 +105,36 @@ impl Forecast {
         let best = &self.choice.predictions[self.choice.chosen];
         let ratio = |other: &Prediction| best.tokens_per_second() / other.tokens_per_second();
         if let Some(asked) = self.asked.as_ref().filter(|asked| ratio(asked) > 1.03) {
-            return format!("{} would be {:.2} times as fast as {}", labels(best), ratio(asked), labels(asked));
+            return format!("{} would be {:.2} times as fast as {}", labels(&best.devices), ratio(asked), labels(&asked.devices));
         }
         let split = self.choice.predictions.iter().find(|p| p.devices.len() > 1);
         let single = self.choice.predictions.iter().find(|p| p.devices.len() == 1);
         match (split, single) {
             (Some(_), Some(single)) if best.devices.len() > 1 => {
-                format!("splitting over {} is {:.2} times as fast as {} alone", labels(best), ratio(single), labels(single))
+                format!(
+                    "splitting over {} is {:.2} times as fast as {} alone",
+                    labels(&best.devices),
+                    ratio(single),
+                    labels(&single.devices)
+                )
             }
+            (Some(_), None) => format!("no device can run it alone: {} can together", labels(&best.devices)),
             (Some(split), _) => {
-                format!("{} alone: the best split, over {}, would give {:.2} of its speed", labels(best), labels(split), 1.0 / ratio(split))
+                let of = 1.0 / ratio(split);
+                format!("{} alone: the best split, over {}, would give {of:.2} of its speed", labels(&best.devices), labels(&split.devices))
             }
-            _ => format!("{} is the only device", labels(best)),
+            _ if self.choice.predictions.len() == 1 && self.choice.failed.is_empty() => {
+                format!("{} is the only device", labels(&best.devices))
+            }
+            _ => format!("{} is the fastest of those that can", labels(&best.devices)),
         }
     }
 
     fn document(&self) -> Value {
+        let names = |devices: &[Device]| devices.iter().map(Device::label).collect::<Vec<_>>();
         let prediction = |p: &Prediction| {
             json!({
-                "devices": p.devices.iter().map(Device::label).collect::<Vec<_>>(), "shares": p.shares,
+                "devices": names(&p.devices), "shares": p.shares,
                 "tokens_per_s": p.tokens_per_second(), "batch": p.batch,
             })
         };
@@ -125,14 +142,10 @@ impl Forecast {
             "asked": self.asked.as_ref().map(prediction),
             "predictions": self.choice.predictions.iter().map(prediction).collect::<Vec<_>>(),
             "chosen": self.choice.chosen,
-            "failed": self.choice.failed.iter().map(|(d, e)| json!({"device": d.label(), "why": e.to_string()})).collect::<Vec<_>>(),
+            "failed": self.choice.failed.iter().map(|(d, e)| json!({"devices": names(d), "why": e.to_string()})).collect::<Vec<_>>(),
             "reason": self.reason(),
         })
     }
-}
-
-fn labels(prediction: &Prediction) -> String {
-    prediction.devices.iter().map(Device::label).collect::<Vec<_>>().join(",")
 }
 
 /// In parts of the smallest.

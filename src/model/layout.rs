@@ -83,7 +83,7 @@ fn memory(params: &Parameters, partition: &Partition, layouts: &[Layout], ranks:
                 all.push(DeviceMemory { device: device.label(), weights, cache: 0, workspace: 0, has: device.memory() });
                 all.len() - 1
             });
-            all[at].cache += room.pages as u64 * of(&page);
+            all[at].cache = all[at].cache.saturating_add((room.pages as u64).saturating_mul(of(&page)));
             all[at].workspace += of(&row);
         }
     }

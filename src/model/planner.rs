@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use crate::backend::KvType;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::model::layout::plan_summary;
 use crate::model::parallel::TensorParallelMistral;
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::state::InferenceState;
@@ -49,15 +50,17 @@ pub struct Choice {
     pub predictions: Vec<Prediction>,
     /// Index of the one to take: the fastest, unless one device is as fast.
     pub chosen: usize,
-    /// Devices that can't run the model, and why.
-    pub failed: Vec<(Device, Error)>,
+    /// Devices, alone or together, that can't run the model, and why.
+    pub failed: Vec<(Vec<Device>, Error)>,
 }
 
-/// Predicts how fast `params` would run on `devices`, a rank each, by running two short models of its first layers there.
+/// Predicts how fast `params` would run on `devices`, a rank each, by running two short models of its first layers there. The whole model need
+/// not fit. Of several stages it is right as far as the short models are cut like the whole one.
 ///
 /// # Errors
 /// As [`TensorParallelMistral::load_grid`] and [`TensorParallelMistral::fast_forward_batch`].
 pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
+    let batch = batch.max(1);
     let (layers, stages) = (params.config().n_layers, config.stages.unwrap_or(1).max(1));
     // Every stage of the longer one has four layers more than of the shorter.
     let [short, long] = [stages.min(layers), (5 * stages).min(layers)];
@@ -79,38 +82,53 @@ pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device],
     Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, batch })
 }
 
-/// Predicts each device alone, then the fastest two, three and so on together with shares by their speed, and says what to take.
+/// Predicts each device alone, then the fastest two, three and so on together with shares by their speed, and says what to take. A device
+/// that can't hold the model alone still counts where several can.
 ///
 /// # Errors
-/// [`Error::NoDevices`]; the first device's, if none can run the model.
+/// [`Error::NoDevices`]; the first device's, if nothing can run the model.
 pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Choice> {
-    let (mut predictions, mut failed) = (Vec::new(), Vec::new());
+    let (mut singles, mut predictions, mut failed) = (Vec::new(), Vec::new(), Vec::new());
     let mut alone = config.clone().stages(1);
     alone.shares = None;
     for device in devices {
-        match predict(params, &alone, std::slice::from_ref(device), batch) {
+        let device = std::slice::from_ref(device);
+        match predict(params, &alone, device, batch) {
+            Ok(prediction) => {
+                match plan_summary(params, &alone, device) {
+                    Ok(_) => predictions.push(prediction.clone()),
+                    Err(e) => failed.push((device.to_vec(), e)),
+                }
+                singles.push(prediction);
+            }
+            Err(e) => failed.push((device.to_vec(), e)),
+        }
+    }
+    let by_time = |a: &Prediction, b: &Prediction| a.seconds_per_step.total_cmp(&b.seconds_per_step);
+    singles.sort_by(by_time);
+    for together in 2..=singles.len().min(params.config().n_heads) {
+        let devices: Vec<Device> = singles[..together].iter().flat_map(|single| single.devices.clone()).collect();
+        let speeds: Vec<f64> = singles[..together].iter().map(|single| 1.0 / single.seconds_per_step).collect();
+        let config = alone.clone().with_shares(rounded(&speeds));
+        match plan_summary(params, &config, &devices).and_then(|_| predict(params, &config, &devices, batch)) {
             Ok(prediction) => predictions.push(prediction),
-            Err(e) => failed.push((device.clone(), e)),
+            Err(e) => failed.push((devices, e)),
         }
     }
     if predictions.is_empty() {
         return Err(if failed.is_empty() { Error::NoDevices } else { failed.swap_remove(0).1 });
     }
-    let by_time = |a: &Prediction, b: &Prediction| a.seconds_per_step.total_cmp(&b.seconds_per_step);
     predictions.sort_by(by_time);
-    let (singles, n) = (predictions.clone(), predictions.len().min(params.config().n_heads));
-    for together in 2..=n {
-        let devices: Vec<Device> = singles[..together].iter().flat_map(|single| single.devices.clone()).collect();
-        let speeds: Vec<f64> = singles[..together].iter().map(|single| 1.0 / single.seconds_per_layer.max(1e-9)).collect();
-        // A grid that can't be is no choice; that its devices work alone is known.
-        if let Ok(prediction) = predict(params, &alone.clone().with_shares(speeds), &devices, batch) {
-            predictions.push(prediction);
-        }
-    }
-    predictions.sort_by(by_time);
-    let single = predictions.iter().position(|prediction| prediction.devices.len() == 1).unwrap_or(0);
-    let pays = predictions[0].seconds_per_step < MARGIN * predictions[single].seconds_per_step;
-    Ok(Choice { chosen: if pays { 0 } else { single }, predictions, failed })
+    let single = predictions.iter().position(|prediction| prediction.devices.len() == 1);
+    let as_fast = single.filter(|&single| predictions[0].seconds_per_step >= MARGIN * predictions[single].seconds_per_step);
+    Ok(Choice { chosen: as_fast.unwrap_or(0), predictions, failed })
+}
+
+/// Shares of these speeds in sixteenths of all, so that the same devices get the same ones the next time: what is kept of a grid, packed weights
+/// and measured kernels, is of its very cuts.
+fn rounded(speeds: &[f64]) -> Vec<f64> {
+    let all: f64 = speeds.iter().sum();
+    speeds.iter().map(|speed| (16.0 * speed / all).round().max(1.0)).collect()
 }
 
 /// A model of some layers, and how long its steps took.
@@ -122,11 +140,11 @@ struct Short {
 
 impl Short {
     fn load(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Self> {
-        let positions = *TURNS.end() + 2;
-        let mut config = config.clone().kv_positions(batch * positions.next_multiple_of(KvType::F16.page_len()));
+        let positions = (*TURNS.end() + 2).min(params.config().max_position_embeddings);
+        let mut config = config.clone().kv_positions(batch.saturating_mul(positions.next_multiple_of(KvType::F16.page_len())));
         config.cache_weights = false;
         let model = TensorParallelMistral::load_grid(params.clone(), config, devices.iter().cloned())?;
-        let states = (0..batch.max(1)).map(|_| InferenceState::with_kv(model.config(), KvType::F16)).collect();
+        let states = (0..batch).map(|_| InferenceState::with_kv(model.config(), KvType::F16)).collect();
         let mut short = Self { model, states, seconds: Vec::new() };
         // Drivers compile what is used first, and caches are cold.
         short.step()?;
@@ -136,6 +154,8 @@ impl Short {
     }
 
     fn step(&mut self) -> Result<()> {
+        let limit = self.model.config().max_position_embeddings;
+        self.states.iter_mut().filter(|state| state.position() >= limit).for_each(InferenceState::reset);
         let start = Instant::now();
         let tokens = vec![1 % self.model.config().vocab_size as u32; self.states.len()];
         let mut states: Vec<&mut InferenceState> = self.states.iter_mut().collect();
@@ -148,5 +168,17 @@ impl Short {
         let mut seconds = self.seconds.clone();
         seconds.sort_by(f64::total_cmp);
         seconds[seconds.len() / 2]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::rounded;
+
+    #[test]
+    fn shares_are_sixteenths_and_a_slow_device_keeps_one() {
+        assert_eq!(rounded(&[3.1, 0.99]), [12.0, 4.0]);
+        assert_eq!(rounded(&[1.0, 1.01, 0.98]), [5.0, 5.0, 5.0]);
+        assert_eq!(rounded(&[500.0, 1.0]), [16.0, 1.0]);
     }
 }

@@ -70,6 +70,9 @@ pub(super) fn parts(assignment: &Assignment<'_>, buf: Buf) -> Vec<Part> {
     ranks.iter().map(part).collect()
 }
 
+/// Rows that a place shrinks to at most to have more room for keys and values.
+const FEW_ROWS: usize = 16;
+
 /// Most spans that attention is split into.
 const MOST_SPANS: u64 = 64;
 
@@ -85,14 +88,15 @@ pub(super) fn split(bounds: Bounds, assignment: &Assignment<'_>, positions: Opti
     positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32 })
 }
 
-/// Bytes of a place's activations, at most, and of what is read of them.
+/// Bytes of a place's activations, at most, of what is read of them, and of what attention leaves of spans.
 fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
     let bytes = |i: usize| {
         let rows = if assignment.plan.bufs[i].rows == Rows::All { room.rows } else { room.wanted };
         parts(assignment, Buf(i)).into_iter().map(|part| 4 * (rows * part.stride()) as u64).sum::<u64>()
     };
     let all = (0..assignment.plan.bufs.len()).map(bytes);
-    all.clone().sum::<u64>() + all.max().unwrap_or(0)
+    let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
+    all.clone().sum::<u64>() + all.max().unwrap_or(0) + spans
 }
 
 /// What of `want` fits.
@@ -118,7 +122,8 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
     let rows = |of: Rows| (bounds.binding / 4 / widest(of)).min(bounds.buffer / 4 / read(of));
     let pages = |room: Room| {
         let bytes: Vec<u64> = assignment.ranks.iter().map(|&rank| page_bytes(assignment, rank).max(1)).collect();
-        let all: u64 = bytes.iter().sum::<u64>() * 2 * assignment.plan.layers.max(1) as u64;
+        // Keys and values of every layer, and an entry in the table of every row's sequence.
+        let all: u64 = bytes.iter().sum::<u64>() * 2 * assignment.plan.layers.max(1) as u64 + 4 * room.rows as u64;
         let spare = assignment.spare.map_or(MOST_KV, |spare| spare.saturating_sub(workspace(assignment, room)).min(MOST_KV));
         bytes.iter().map(|b| bounds.binding / b).min().unwrap_or(0).min(spare / all)
     };
@@ -129,10 +134,14 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
         }
         n => Ok(n),
     };
-    let rows = Room {
+    let mut room = Room {
         rows: most(want.rows, rows(Rows::All), "row of activations")?,
         wanted: most(want.wanted, rows(Rows::Wanted), "row of logits")?,
         pages: want.pages,
     };
-    Ok(Room { pages: most(want.pages, pages(rows), "page of keys")?, ..rows })
+    // Fewer rows at a time rather than no cache.
+    while pages(room) == 0 && room.rows > FEW_ROWS {
+        room = Room { rows: room.rows.div_ceil(2), wanted: room.wanted.min(room.rows.div_ceil(2)), ..room };
+    }
+    Ok(Room { pages: most(want.pages, pages(room), "page of keys")?, ..room })
 }

@@ -222,8 +222,8 @@ impl<'a> Pipelines<'a> {
         let label = format!("{kernel:?}");
         let source = source(kernel, self.tuning);
         let descriptor = wgpu::ShaderModuleDescriptor { label: Some(&label), source: wgpu::ShaderSource::Wgsl(source.into()) };
-        // Every loop ends: its bound is a constant or a number of the shape, and nothing else is written to its variable. Guards
-        // against endless ones would count in two words, and end those of more than 65,535 steps on some drivers.
+        // Every loop ends: its bound is a constant, a number of the shape or a position, far from where 32 bits end, and nothing else is
+        // written to its variable. Guards against endless ones would count in two words, and end those of more than 65,535 steps on some drivers.
         let checks = wgpu::ShaderRuntimeChecks { force_loop_bounding: false, ..wgpu::ShaderRuntimeChecks::checked() };
         // SAFETY: no loop is endless, and all other checks are made.
         let module = unsafe { self.device.create_shader_module_trusted(descriptor, checks) };

@@ -20,8 +20,14 @@ const SMALLEST: usize = 1 << 20;
 /// The most that the copies of a weight take that a report reads in turn, so that a cache doesn't hold them all.
 const COPIES: usize = 128 << 20;
 
-/// How long a measurement of one variant may take, without its compilation.
-const SHORT: Duration = Duration::from_millis(4);
+/// How long one of the three runs that measure a variant takes, as far as it has more than one dispatch.
+const RUN: Duration = Duration::from_millis(2);
+
+/// The most that submitting and waiting may take beside a dispatch: a variant that takes twice the best time and this more is out.
+const OVERHEAD: Duration = Duration::from_millis(1);
+
+/// Most outputs and columns of a report.
+const LARGEST: usize = 1 << 20;
 
 /// Rounds of a report.
 const ROUNDS: usize = 7;
@@ -110,7 +116,8 @@ fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Res
     let several = bench.fastest(pipelines, &SEVERAL.map(few), FEW)?;
     let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None };
     if let Some((least, _)) = base.many {
-        let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.fits(bench.gpu)).collect();
+        let workgroup = bench.gpu.device.limits().max_compute_workgroup_storage_size;
+        let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.bytes() <= workgroup).collect();
         let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearTile(layer.format, Finish::Store, tile)).collect();
         let (tile, time) = bench.fastest(pipelines, &kernels, MANY)?;
         if time < bench.time(pipelines, few(linear.few), MANY, Duration::MAX)? {
@@ -120,14 +127,6 @@ fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Res
     Ok(linear)
 }
 
-impl Tile {
-    fn fits(self, gpu: &Gpu) -> bool {
-        // Both operands, and the levels of iq4_nl.
-        let bytes = self.side * (self.down + self.across) * 8 * 16 + 64;
-        bytes <= gpu.device.limits().max_compute_workgroup_storage_size
-    }
-}
-
 /// How long every variant for one row takes, measured in turn for several rounds, and which one a model would take after its short measurement.
 pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, out: usize, cols: usize) -> Result<Vec<KernelTime>> {
     let owner = Owner { stage: 0, ranks: Vec::new(), device: device.to_string() };
@@ -135,11 +134,13 @@ pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, ou
         let right = "weights are f32, f16, bf16, q8_0, q4_0 or iq4_nl";
         return Err(Error::Option { option: "--weights", value: weights.into(), right });
     };
+    if !(1..=LARGEST).contains(&out) || !(1..=LARGEST).contains(&cols) {
+        return Err(owner.error(format!("a weight of {out} x {cols} is not measured: outputs and columns are 1 to {LARGEST}")));
+    }
     let layer = Layer { format, blocks: cols.div_ceil(BLOCK), tiles: out.div_ceil(TILE) };
     let most = Bounds::of(device, adapter).binding;
-    if layer.bytes() == 0 || layer.bytes() as u64 > most {
-        let problem = format!("a weight of {out} x {cols} takes {} bytes: measured are those of 1 to {most}", layer.bytes());
-        return Err(owner.error(problem));
+    if layer.bytes() as u64 > most {
+        return Err(owner.error(format!("a weight of {out} x {cols} takes {} bytes, more than a binding of {most}", layer.bytes())));
     }
     let gpu = Gpu::open(adapter, most, owner)?;
     let mut pipelines = Pipelines::new(&gpu.device, Tuning::of(adapter), 64);
@@ -205,7 +206,7 @@ impl<'a> Bench<'a> {
             best = best.min(times[times.len() - 1]);
         }
         // Those that are close to the best once more, now that all are compiled.
-        let close = best + best / 4;
+        let close = best.saturating_add(best / 4);
         for (time, &kernel) in times.iter_mut().zip(kernels) {
             if *time <= close {
                 *time = (*time).min(self.time(pipelines, kernel, rows, Duration::MAX)?);
@@ -243,12 +244,14 @@ impl<'a> Bench<'a> {
         };
         // Many drivers compile at the first use.
         run(1)?;
-        let mut time = run(1)?;
-        if time > 2 * best.min(Duration::MAX / 2) {
-            return Ok(time);
+        let single = run(1)?;
+        if best < Duration::MAX && single > 2 * best + OVERHEAD {
+            return Ok(single);
         }
-        let n = (SHORT.as_nanos() / time.as_nanos().max(1) / 3).clamp(1, 32) as usize;
-        for _ in 0..3 {
+        // Enough of them that what comes with a submission is little beside them, and the same for all.
+        let n = (RUN.as_nanos() / single.as_nanos().max(1)).clamp(1, 64) as usize;
+        let mut time = run(n)?;
+        for _ in 0..2 {
             time = time.min(run(n)?);
         }
         Ok(time)

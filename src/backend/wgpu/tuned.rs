@@ -12,13 +12,15 @@ use super::adapters::Adapter;
 use super::tuning::Linear;
 
 /// Goes up with every change of the kernels or of what is tried.
-const GENERATION: u32 = 1;
+const GENERATION: u32 = 2;
 
 /// The choices for one adapter, its driver and this version of torchless.
 pub(super) struct Tuned {
     /// `None` where there is no cache directory: then they are of this model only.
     path: Option<PathBuf>,
     contents: Contents,
+    /// Bytes of a workgroup's memory on the adapter.
+    workgroup: u32,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -38,18 +40,18 @@ impl Tuned {
             "torchless {version}, kernels {GENERATION}, {name} ({vendor:x}:{device:x}) over {backend}, {driver} {driver_info}, \
              subgroups of {subgroup_min_size} to {subgroup_max_size}"
         );
-        Self::in_directory(directory().as_deref(), of)
+        Self::in_directory(directory().as_deref(), of, adapter.limits.max_compute_workgroup_storage_size)
     }
 
-    fn in_directory(directory: Option<&Path>, of: String) -> Self {
+    fn in_directory(directory: Option<&Path>, of: String, workgroup: u32) -> Self {
         let path = directory.map(|directory| directory.join(format!("tuned-{:016x}.json", xxh3_64(of.as_bytes()))));
         let read = path.as_deref().and_then(|path| read(path, &of));
         let contents = read.unwrap_or(Contents { of, layers: BTreeMap::new() });
-        Self { path, contents }
+        Self { path, contents, workgroup }
     }
 
     pub(super) fn get(&self, layer: &str) -> Option<Linear> {
-        self.contents.layers.get(layer).copied().filter(|linear| linear.is_sane())
+        self.contents.layers.get(layer).copied().filter(|linear| linear.is_sane(self.workgroup))
     }
 
     /// Keeps a choice, beside those that another process may have made meanwhile. A disk that is full or read-only costs only the next measurement.
@@ -95,7 +97,7 @@ mod tests {
     use crate::backend::wgpu::tuning::{Few, Tuning};
 
     fn at(directory: &Path, of: &str) -> Tuned {
-        Tuned::in_directory(Some(directory), of.into())
+        Tuned::in_directory(Some(directory), of.into(), 32 << 10)
     }
 
     #[test]
@@ -127,10 +129,14 @@ mod tests {
             std::fs::write(&file, damage).unwrap();
             assert_eq!(at(directory.path(), "a card").get("a layer"), None, "{damage}");
         }
-        // Numbers that no kernel can have.
-        let odd = Linear { one: Few { tiles: 0, rows: 1, slices: 999 }, ..linear };
-        at(directory.path(), "a card").keep("a layer".into(), odd);
-        assert_eq!(at(directory.path(), "a card").get("a layer"), None);
+        // Numbers that no kernel can have, and more memory than a workgroup has.
+        let odd = |tiles, slices| Linear { one: Few { tiles, rows: 1, slices }, ..linear };
+        for odd in [odd(0, 999), odd(16, 16), odd(1, 3)] {
+            at(directory.path(), "a card").keep("a layer".into(), odd);
+            assert_eq!(at(directory.path(), "a card").get("a layer"), None, "{odd:?}");
+        }
+        at(directory.path(), "a card").keep("a layer".into(), linear);
+        assert_eq!(Tuned::in_directory(Some(directory.path()), "a card".into(), 16 << 10).get("a layer"), None);
     }
 
     #[test]

@@ -46,14 +46,28 @@ pub(super) struct Linear {
     pub many: Option<(usize, Tile)>,
 }
 
+/// Bytes of a workgroup's memory that the levels of iq4_nl take.
+const LEVELS: u32 = 64;
+
+impl Tile {
+    /// Of a workgroup's memory: both operands, and the levels.
+    pub(super) fn bytes(self) -> u32 {
+        self.side * (self.down + self.across) * 8 * 16 + LEVELS
+    }
+}
+
 impl Linear {
-    /// Whether kernels can be made so: workgroups of at most 256, and code of bounded length.
-    pub(super) fn is_sane(&self) -> bool {
+    /// Whether kernels can be made so: workgroups of at most 256 with so many bytes of memory, and code of bounded length.
+    pub(super) fn is_sane(&self, workgroup: u32) -> bool {
         let few = [self.one, self.few].into_iter().all(|Few { tiles, rows, slices }| {
-            [tiles, rows, slices].iter().all(|n| (1..=16).contains(n)) && tiles * rows <= 32 && slices.is_power_of_two()
+            [tiles, rows, slices].iter().all(|n| (1..=16).contains(n))
+                && tiles * rows <= 32
+                && slices.is_power_of_two()
+                && 4 * 16 * tiles * rows * slices + LEVELS <= workgroup.min(8 << 10)
         });
-        let many = self.many.is_none_or(|(_, Tile { side, down, across })| {
-            [8, 16].contains(&side) && (1..=8).contains(&down) && [2, 4, 6, 8].contains(&across) && side * (down + across) <= 128
+        let many = self.many.is_none_or(|(_, tile)| {
+            let Tile { side, down, across } = tile;
+            [8, 16].contains(&side) && (1..=8).contains(&down) && [2, 4, 6, 8].contains(&across) && tile.bytes() <= workgroup
         });
         few && many && self.one.rows == 1
     }
