@@ -141,7 +141,7 @@ pub struct PlaceCounts {
     pub ops: u64,
     /// Compute dispatches encoded; 0 on the CPU.
     pub dispatches: u64,
-    /// Nanoseconds that the device computed by its own clock, in batches that were traced; 0 on the CPU, where there are no timestamps, and for
+    /// Nanoseconds that the device computed by its own clock, in batches that were timed; 0 on the CPU, where there are no timestamps, and for
     /// what ends in rows that stay on the device for the next stage.
     pub device_nanoseconds: u64,
     /// Bytes written by the host and read back by it, for collectives.

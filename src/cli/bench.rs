@@ -145,17 +145,23 @@ pub fn run(args: &Args) -> Outcome {
     loaded.model.start_trace();
     let parts = args.run.traced(&loaded, || {
         states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
-        let before = (loaded.model.traced_seconds_by_rank(), device_seconds(&loaded.model)?);
+        let before = loaded.model.traced_seconds_by_rank();
         let seconds = run.decode(&mut states)?;
-        let (after, clocked) = (loaded.model.traced_seconds_by_rank(), (device_seconds(&loaded.model)? - before.1) / d as f64);
+        let after = loaded.model.traced_seconds_by_rank();
         let a_step = |(after, before): (&[f64; 4], &[f64; 4])| {
             let parts = [0, 1, 2, 3].map(|part| (after[part] - before[part]) / d as f64);
             let idle = (seconds / d as f64 - parts.iter().sum::<f64>()).max(0.0);
             [parts[0], parts[1], parts[2], parts[3], idle]
         };
-        Ok((after.iter().zip(&before.0).map(a_step).collect::<Vec<_>>(), clocked))
+        Ok(after.iter().zip(&before).map(a_step).collect::<Vec<_>>())
     })?;
-    let (parts, clocked) = parts;
+    // By the GPUs' own clocks, which cost something: a round for nothing else.
+    states.iter_mut().try_for_each(|state| run.prefill(state).map(drop))?;
+    let before = device_seconds(&loaded.model)?;
+    loaded.model.time_devices(true);
+    run.decode(&mut states)?;
+    loaded.model.time_devices(false);
+    let clocked = (device_seconds(&loaded.model)? - before) / d as f64;
     let mean = |part: usize| parts.iter().map(|rank| rank[part]).sum::<f64>() / parts.len() as f64;
 
     let (prefill_speed, decode_speed, peak) = (p as f64 / prefill, (batch * d) as f64 / decode, peak_rss_bytes());

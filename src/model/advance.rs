@@ -199,7 +199,7 @@ impl Grid {
         }
         let number = self.batches.fetch_add(1, Ordering::Relaxed) + 1;
         let kv = sequences[parts[0].sequence].state.kv;
-        let (numerics, timed) = (how.numerics, self.trace().is_on());
+        let (numerics, timed) = (how.numerics, self.timed.load(Ordering::Relaxed));
         let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv, numerics, timed };
         self.driver.send(batch, self.embed(&tokens), how.debug)
     }

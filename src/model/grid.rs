@@ -2,7 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
@@ -39,6 +39,8 @@ pub(crate) struct Grid {
     pub(super) rope: RopeTable,
     ranks: Vec<RankInfo>,
     trace: Arc<Trace>,
+    /// Whether devices time what they compute.
+    pub(super) timed: AtomicBool,
     /// Tasks of the products on the CPU.
     pub(super) stats: Arc<WorkStealingStats>,
     /// Batches made so far.
@@ -117,6 +119,7 @@ impl Grid {
             room,
             ranks,
             trace,
+            timed: AtomicBool::new(false),
             stats,
         })
     }

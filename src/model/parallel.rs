@@ -375,6 +375,12 @@ impl<By> ParallelMistral<By> {
         self.grid.trace().start();
     }
 
+    /// Lets GPUs that can time from now on what they compute, by their own clocks: [`PlaceCounts::device_nanoseconds`]. That costs them some time
+    /// with every submission (a millisecond on a software adapter), so that nothing else should be measured meanwhile.
+    pub fn time_devices(&self, on: bool) {
+        self.grid.timed.store(on, std::sync::atomic::Ordering::Relaxed);
+    }
+
     /// Seconds recorded since the first [`Self::start_trace`], summed over ranks: computing, reading, reducing, writing.
     #[must_use]
     pub fn traced_seconds(&self) -> [f64; 4] {

@@ -160,7 +160,7 @@ fn a_place_counts_what_it_does() {
 }
 
 #[test]
-fn a_traced_batch_is_timed_by_the_devices_own_clock() {
+fn a_timed_batch_is_timed_by_the_devices_own_clock() {
     for device in gpus() {
         let model = model(64, 64);
         let mut place = model.on(&device, ROOM).unwrap();
