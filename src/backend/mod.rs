@@ -80,6 +80,7 @@ pub(crate) struct Batch {
     pub kv: KvType,
     pub numerics: Numerics,
     /// Whether devices that can measure their own time do so.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
     pub timed: bool,
 }
 
