@@ -1,5 +1,4 @@
 // iq4_nl weights as in iq4_nl.wgsl, for adapters on which a look-up costs more than arithmetic: the levels are a polynomial, rounded.
-const STRIDE: u32 = 18u; // vectors in a block
 const BIAS: f32 = 0.0;   // what `block4` adds to every weight, before the scale
 
 // The best fit of degree 5 to the levels at n - 7.5.
@@ -10,20 +9,11 @@ const C3: f32 = 0.0697852671;
 const C4: f32 = 0.00108435773;
 const C5: f32 = 0.000144791396;
 
-struct Block {
-    quants: vec4<u32>,
-    scale: f32,
-}
-
 fn prepare(lane: u32, lanes: u32) {
-}
-
-fn block_at(at: u32, row: u32) -> Block {
-    return Block(weights[at + row], scale_at(at + 16u, row));
 }
 
 // Columns 4j to 4j + 4. The polynomial is within 0.38 of every level.
 fn block4(block: Block, j: u32) -> vec4<f32> {
-    let n = vec4<f32>(unpack4xU8((block.quants[j % 4u] >> (j / 4u * 4u)) & 0x0f0f0f0fu)) - 7.5;
+    let n = vec4<f32>(nibbles4(block, j)) - 7.5;
     return round(((((C5 * n + C4) * n + C3) * n + C2) * n + C1) * n + C0);
 }

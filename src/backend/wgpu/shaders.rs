@@ -92,15 +92,17 @@ impl Kernel {
 }
 
 impl Format {
-    fn source(self, tuning: Tuning) -> &'static str {
+    fn sources(self, tuning: Tuning) -> [&'static str; 2] {
+        const DENSE: &str = include_str!("../../../shaders/weights/dense.wgsl");
+        const NIBBLES: &str = include_str!("../../../shaders/weights/nibbles.wgsl");
         match self {
-            Self::F32 => include_str!("../../../shaders/weights/f32.wgsl"),
-            Self::F16 => include_str!("../../../shaders/weights/f16.wgsl"),
-            Self::Bf16 => include_str!("../../../shaders/weights/bf16.wgsl"),
-            Self::Q8_0 => include_str!("../../../shaders/weights/q8_0.wgsl"),
-            Self::Q4_0 => include_str!("../../../shaders/weights/q4_0.wgsl"),
-            Self::Iq4Nl if tuning.computed_levels => include_str!("../../../shaders/weights/iq4_nl_computed.wgsl"),
-            Self::Iq4Nl => include_str!("../../../shaders/weights/iq4_nl.wgsl"),
+            Self::F32 => [DENSE, include_str!("../../../shaders/weights/f32.wgsl")],
+            Self::F16 => [DENSE, include_str!("../../../shaders/weights/f16.wgsl")],
+            Self::Bf16 => [DENSE, include_str!("../../../shaders/weights/bf16.wgsl")],
+            Self::Q8_0 => ["", include_str!("../../../shaders/weights/q8_0.wgsl")],
+            Self::Q4_0 => [NIBBLES, include_str!("../../../shaders/weights/q4_0.wgsl")],
+            Self::Iq4Nl if tuning.computed_levels => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")],
+            Self::Iq4Nl => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
         }
     }
 }
@@ -135,7 +137,8 @@ pub(super) struct Shape {
 pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     let mut parts = vec![include_str!("../../../shaders/prelude.wgsl"), kernel.source()];
     if let Some((format, finish)) = kernel.linear() {
-        parts.extend([include_str!("../../../shaders/weights/blocks.wgsl"), format.source(tuning)]);
+        parts.push(include_str!("../../../shaders/weights/blocks.wgsl"));
+        parts.extend(format.sources(tuning));
         parts.push(match finish {
             Finish::Store => include_str!("../../../shaders/finish/store.wgsl"),
             Finish::SwiGlu => include_str!("../../../shaders/finish/swiglu.wgsl"),
