@@ -368,15 +368,8 @@ impl<'a> Lowerer<'a> {
         let (counts, pipelines) = (&self.moment.counts, &mut self.pipelines);
         let mut dispatches = Vec::new();
         for (i, call) in self.calls.into_iter().enumerate() {
-            let shape =
-                wgpu::BufferBinding { buffer: &shapes, offset: (SLOT * i) as u64, size: std::num::NonZero::new(size_of::<Shape>() as u64) };
-            let buffers = std::iter::once(counts).chain(&call.buffers).map(wgpu::Buffer::as_entire_binding);
-            let resources = std::iter::once(wgpu::BindingResource::Buffer(shape)).chain(buffers);
-            let entries: Vec<_> = resources.enumerate().map(|(i, resource)| wgpu::BindGroupEntry { binding: i as u32, resource }).collect();
-            let bind = gpu.scoped("bind groups", 0, || {
-                let layout = pipelines.layout(call.kernel);
-                gpu.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
-            })?;
+            let at = (SLOT * i) as u64;
+            let bind = gpu.scoped("bind groups", 0, || pipelines.bind(call.kernel, &shapes, at, counts, &call.buffers))?;
             let Call { rows, size, pipelines, .. } = call;
             dispatches.push(Dispatch { rows, size, pipelines, bind });
         }

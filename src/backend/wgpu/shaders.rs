@@ -6,10 +6,13 @@
 mod unroll;
 
 use std::collections::HashMap;
+use std::num::NonZero;
 
 use super::tuning::{Few, Reduce, Tile, Tuning};
 use super::weights::Format;
 use crate::backend::KvType;
+use crate::kernels::matrix::DType;
+use crate::kernels::quant::QuantFormat;
 use unroll::unroll;
 
 /// A kernel: a WGSL file, named like its twin on the CPU, with what it is linked with.
@@ -96,13 +99,15 @@ impl Format {
         const DENSE: &str = include_str!("../../../shaders/weights/dense.wgsl");
         const NIBBLES: &str = include_str!("../../../shaders/weights/nibbles.wgsl");
         match self {
-            Self::F32 => [DENSE, include_str!("../../../shaders/weights/f32.wgsl")],
-            Self::F16 => [DENSE, include_str!("../../../shaders/weights/f16.wgsl")],
-            Self::Bf16 => [DENSE, include_str!("../../../shaders/weights/bf16.wgsl")],
-            Self::Q8_0 => ["", include_str!("../../../shaders/weights/q8_0.wgsl")],
-            Self::Q4_0 => [NIBBLES, include_str!("../../../shaders/weights/q4_0.wgsl")],
-            Self::Iq4Nl if tuning.computed_levels => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")],
-            Self::Iq4Nl => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
+            Self::Stored(DType::F32) => [DENSE, include_str!("../../../shaders/weights/f32.wgsl")],
+            Self::Stored(DType::F16) => [DENSE, include_str!("../../../shaders/weights/f16.wgsl")],
+            Self::Stored(DType::Bf16) => [DENSE, include_str!("../../../shaders/weights/bf16.wgsl")],
+            Self::Packed(QuantFormat::Q8_0) => ["", include_str!("../../../shaders/weights/q8_0.wgsl")],
+            Self::Packed(QuantFormat::Q4_0) => [NIBBLES, include_str!("../../../shaders/weights/q4_0.wgsl")],
+            Self::Packed(QuantFormat::Iq4Nl) if tuning.computed_levels => {
+                [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")]
+            }
+            Self::Packed(QuantFormat::Iq4Nl) => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
         }
     }
 }
@@ -216,6 +221,23 @@ impl<'a> Pipelines<'a> {
             let entries: Vec<_> = uniforms.chain(storage).collect();
             self.device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: None, entries: &entries })
         })
+    }
+
+    /// Binds what a kernel reads and writes: its shape, at byte `at` of `shapes`, the counts, and its storage buffers.
+    pub(super) fn bind<'b>(
+        &mut self,
+        kernel: Kernel,
+        shapes: &'b wgpu::Buffer,
+        at: u64,
+        counts: &'b wgpu::Buffer,
+        buffers: impl IntoIterator<Item = &'b wgpu::Buffer>,
+    ) -> wgpu::BindGroup {
+        let shape = wgpu::BufferBinding { buffer: shapes, offset: at, size: NonZero::new(size_of::<Shape>() as u64) };
+        let buffers = std::iter::once(counts).chain(buffers).map(wgpu::Buffer::as_entire_binding);
+        let resources = std::iter::once(wgpu::BindingResource::Buffer(shape)).chain(buffers);
+        let entries: Vec<_> = resources.enumerate().map(|(i, resource)| wgpu::BindGroupEntry { binding: i as u32, resource }).collect();
+        let device = self.device;
+        device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout: self.layout(kernel), entries: &entries })
     }
 
     pub(super) fn get(&mut self, kernel: Kernel) -> wgpu::ComputePipeline {

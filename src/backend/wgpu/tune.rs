@@ -1,6 +1,5 @@
 //! [`Tuner`]: chooses the variant of a linear layer by measuring, the first time that an adapter meets a shape.
 
-use std::num::NonZero;
 use std::time::{Duration, Instant};
 
 use super::adapters::Adapter;
@@ -51,7 +50,7 @@ impl Layer {
 
     /// The name that a choice is kept under.
     fn key(self) -> String {
-        format!("{:?} {} x {}", self.format, self.tiles * TILE, self.blocks * BLOCK)
+        format!("{} {} x {}", self.format.name(), self.tiles * TILE, self.blocks * BLOCK)
     }
 }
 
@@ -130,7 +129,7 @@ fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Res
 /// How long every variant for one row takes, measured in turn for several rounds, and which one a model would take after its short measurement.
 pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, out: usize, cols: usize) -> Result<Vec<KernelTime>> {
     let owner = Owner { stage: 0, ranks: Vec::new(), device: device.to_string() };
-    let Some(format) = Format::ALL.into_iter().find(|format| format.name() == weights) else {
+    let Some(format) = Format::all().find(|format| format.name() == weights) else {
         let right = "weights are f32, f16, bf16, q8_0, q4_0 or iq4_nl";
         return Err(Error::Option { option: "--weights", value: weights.into(), right });
     };
@@ -225,8 +224,8 @@ impl<'a> Bench<'a> {
         let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).groups(rows, 1);
         let (x, y) = fold(groups, self.gpu.device.limits().max_compute_workgroups_per_dimension as usize);
         let pipeline = self.gpu.scoped("pipelines", 0, || pipelines.get(kernel))?;
-        let layout = pipelines.layout(kernel).clone();
-        let binds: Vec<_> = self.weights.iter().map(|weights| self.bind(&layout, weights)).collect();
+        let bind = |weights| pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.x, &self.y]);
+        let binds: Vec<_> = self.weights.iter().map(bind).collect();
         self.gpu.queue.write_buffer(&self.counts, 0, bytemuck::cast_slice(&[rows as u32, rows as u32, 0, 0]));
         let run = |n: usize| {
             let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -255,13 +254,5 @@ impl<'a> Bench<'a> {
             time = time.min(run(n)?);
         }
         Ok(time)
-    }
-
-    fn bind(&self, layout: &wgpu::BindGroupLayout, weights: &wgpu::Buffer) -> wgpu::BindGroup {
-        let shape = wgpu::BufferBinding { buffer: &self.shape, offset: 0, size: NonZero::new(size_of::<Shape>() as u64) };
-        let buffers = [&self.counts, weights, &self.x, &self.y].map(wgpu::Buffer::as_entire_binding);
-        let resources = std::iter::once(wgpu::BindingResource::Buffer(shape)).chain(buffers);
-        let entries: Vec<_> = resources.enumerate().map(|(i, resource)| wgpu::BindGroupEntry { binding: i as u32, resource }).collect();
-        self.gpu.device.create_bind_group(&wgpu::BindGroupDescriptor { label: None, layout, entries: &entries })
     }
 }

@@ -18,35 +18,30 @@ pub(super) const BLOCK: usize = quant::BLOCK;
 /// How a weight is held: a file of `shaders/weights/`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) enum Format {
-    F32,
-    F16,
-    Bf16,
-    Q8_0,
-    Q4_0,
-    Iq4Nl,
+    Stored(DType),
+    Packed(QuantFormat),
 }
 
 impl Format {
-    pub(super) const ALL: [Self; 6] = [Self::F32, Self::F16, Self::Bf16, Self::Q8_0, Self::Q4_0, Self::Iq4Nl];
+    /// All of them.
+    pub(super) fn all() -> impl Iterator<Item = Self> {
+        let stored = [DType::F32, DType::F16, DType::Bf16].map(Self::Stored);
+        stored.into_iter().chain(QuantFormat::ALL.map(Self::Packed))
+    }
 
     pub(super) fn name(self) -> &'static str {
         match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::Q8_0 => "q8_0",
-            Self::Q4_0 => "q4_0",
-            Self::Iq4Nl => "iq4_nl",
+            Self::Stored(dtype) => dtype.name(),
+            Self::Packed(format) => format.name(),
         }
     }
 
     /// Vectors of 16 bytes of a row in a block, and of the scales of all rows behind them.
     fn vectors(self) -> (usize, usize) {
         match self {
-            Self::F32 => (8, 0),
-            Self::F16 | Self::Bf16 => (4, 0),
-            Self::Q8_0 => (2, 2),
-            Self::Q4_0 | Self::Iq4Nl => (1, 2),
+            Self::Stored(dtype) => (dtype.bytes(BLOCK) / 16, 0),
+            Self::Packed(QuantFormat::Q8_0) => (2, 2),
+            Self::Packed(QuantFormat::Q4_0 | QuantFormat::Iq4Nl) => (1, 2),
         }
     }
 
@@ -54,26 +49,6 @@ impl Format {
     pub(super) fn block_bytes(self) -> usize {
         let (rows, scales) = self.vectors();
         16 * (TILE * rows + scales)
-    }
-}
-
-impl From<DType> for Format {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => Self::F32,
-            DType::F16 => Self::F16,
-            DType::Bf16 => Self::Bf16,
-        }
-    }
-}
-
-impl From<QuantFormat> for Format {
-    fn from(format: QuantFormat) -> Self {
-        match format {
-            QuantFormat::Q8_0 => Self::Q8_0,
-            QuantFormat::Q4_0 => Self::Q4_0,
-            QuantFormat::Iq4Nl => Self::Iq4Nl,
-        }
     }
 }
 
@@ -86,8 +61,8 @@ pub(super) enum Source {
 impl Source {
     fn format(&self) -> Format {
         match self {
-            Self::Stored(matrix) => matrix.dtype().into(),
-            Self::Packed(packed) => packed.format().into(),
+            Self::Stored(matrix) => Format::Stored(matrix.dtype()),
+            Self::Packed(packed) => Format::Packed(packed.format()),
         }
     }
 

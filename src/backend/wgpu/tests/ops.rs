@@ -230,11 +230,12 @@ fn add_sums_and_take_rows_picks_the_wanted() {
 /// For runs of these tests in processes of their own, one for each width.
 #[test]
 fn software_subgroups_are_as_wide_as_the_environment_asks() {
-    let Ok(bits) = std::env::var("LP_NATIVE_VECTOR_WIDTH") else { return };
-    let lanes = bits.parse::<u32>().unwrap() / 32;
+    let bits = std::env::var("LP_NATIVE_VECTOR_WIDTH").ok();
+    // Left to itself lavapipe takes what the CPU has.
+    let lanes = bits.map_or(vec![4, 8, 16], |bits| vec![bits.parse::<u32>().unwrap() / 32]);
     for device in gpus_named("llvmpipe") {
         if let Some(sizes) = device.limits().unwrap().subgroup_sizes {
-            assert_eq!(sizes, (lanes, lanes), "{device}");
+            assert!(lanes.iter().any(|&lanes| sizes == (lanes, lanes)), "{device}: {sizes:?} is none of {lanes:?}");
         }
     }
 }

@@ -29,7 +29,7 @@ fn tunings() -> [Tuning; 2] {
 fn kernels() -> Vec<Kernel> {
     let mut all =
         vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
-    for format in Format::ALL {
+    for format in Format::all() {
         for finish in [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F32), Finish::Qkv(KvType::F16)] {
             for (tiles, rows, slices) in [(1, 1, 8), (4, 4, 1)] {
                 all.push(Kernel::Linear(format, finish, Few { tiles, rows, slices }));
@@ -176,7 +176,7 @@ fn kernels_are_written_for_compilers() {
     let Linear { one, few, many } = hardware.linear;
     let mut kernels =
         vec![Kernel::RmsNorm, Kernel::Attend(KvType::F16), Kernel::Attend(KvType::F32), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
-    for format in Format::ALL {
+    for format in Format::all() {
         let finish = [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F16)];
         kernels.extend(finish.map(|finish| Kernel::Linear(format, finish, one)));
         kernels.push(Kernel::Linear(format, Finish::Store, few));
@@ -186,10 +186,10 @@ fn kernels_are_written_for_compilers() {
     for (i, kernel) in kernels.into_iter().enumerate() {
         let name = match kernel {
             Kernel::Linear(format, finish, Few { tiles, rows, slices }) => {
-                format!("linear {format:?} {finish:?} {tiles}x{rows}x{slices}")
+                format!("linear {} {finish:?} {tiles}x{rows}x{slices}", format.name())
             }
             Kernel::LinearTile(format, finish, Tile { side, down, across }) => {
-                format!("linear_tile {format:?} {finish:?} {side}x{down}x{across}")
+                format!("linear_tile {} {finish:?} {side}x{down}x{across}", format.name())
             }
             other => format!("{other:?}"),
         };
