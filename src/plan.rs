@@ -35,6 +35,8 @@ pub(crate) struct BufSpec {
     pub name: &'static str,
     pub dim: Dim,
     pub rows: Rows,
+    /// Whether a segment finds here what an earlier one left. A place that computes several batches in turn has one for each.
+    pub carried: bool,
 }
 
 /// A tensor of the checkpoint, and how a rank's slice is cut from it.
@@ -141,7 +143,7 @@ impl Recorder {
     fn buf(&mut self, name: &'static str, dim: Dim, rows: Rows) -> Buf {
         let found = self.plan.bufs.iter().position(|b| b.name == name && b.dim == dim && b.rows == rows);
         Buf(found.unwrap_or_else(|| {
-            self.plan.bufs.push(BufSpec { name, dim, rows });
+            self.plan.bufs.push(BufSpec { name, dim, rows, carried: false });
             self.plan.bufs.len() - 1
         }))
     }
@@ -165,6 +167,7 @@ impl Recorder {
     /// The residual stream as the stage receives it from the host.
     pub(crate) fn input(&mut self) -> Buf {
         let x = self.buf("residual", Dim::Hidden, Rows::All);
+        self.plan.bufs[x.0].carried = true;
         self.open.write = Some(x);
         x
     }

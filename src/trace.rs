@@ -1,6 +1,7 @@
 //! What a model did when, for Perfetto and `chrome://tracing`.
 
 use std::io::Write;
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -83,12 +84,12 @@ impl Trace {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// One span, from `start` to now, for each of `ranks` of `stage`.
-    pub(crate) fn span(&self, stage: usize, ranks: &[usize], category: Category, start: Instant, batch: u64, rows: usize) {
+    /// One span for each of `ranks` of `stage`.
+    pub(crate) fn span(&self, stage: usize, ranks: &[usize], category: Category, time: Range<Instant>, batch: u64, rows: usize) {
         if !self.is_on() {
             return;
         }
-        let end = Instant::now();
+        let Range { start, end } = time;
         let mut spans = self.spans.lock().unwrap_or_else(PoisonError::into_inner);
         for row in 0..self.rows.len() {
             if self.rows[row].stage == stage && ranks.contains(&self.rows[row].rank) {

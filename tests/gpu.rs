@@ -318,3 +318,46 @@ fn a_prompt_is_dispatched_in_chunks_and_not_token_by_token() {
     eprintln!("dispatches: {prefill} for a prefill of 256 tokens, {decode} for a token");
     assert!(prefill <= decode, "{prefill} dispatches for 256 tokens, {decode} for one");
 }
+
+/// Halves that overlap see the keys of those before them, and share what lies between.
+#[test]
+fn a_prompt_in_halves_that_overlap_gives_the_logits_of_one_that_is_computed_whole() {
+    let [gpu, cpu] = [gpus().into_iter().next(), Some(Device::cpu())];
+    let Some(gpu) = gpu else { return };
+    let other = gpus().into_iter().nth(1).unwrap_or_else(|| gpu.clone());
+    let dir = tempfile::tempdir().unwrap();
+    let spec = Spec { hidden: 48, intermediate: 90, layers: 3, heads: 6, kv_heads: 3, head_dim: 8, vocab: 97, max_positions: 2048, ..Spec::default() };
+    for sliding_window in [None, Some(100)] {
+        write_checkpoint(dir.path(), &Spec { sliding_window, ..spec.clone() });
+        let params = Parameters::load(dir.path()).unwrap();
+        let ids: Vec<u32> = (0..600).map(|i| (i * 7 + i * i) % spec.vocab as u32).collect();
+        let run = |devices: Vec<Device>, config: ParallelConfig| {
+            let model = TensorParallelMistral::load_grid(params.clone(), config, devices).unwrap();
+            let mut state = InferenceState::new(model.config());
+            // Odd halves, and then two full ones and a rest.
+            let mut logits = model.prefill_logits(&mut state, &ids[..129]).unwrap();
+            let launched = |model: &TensorParallelMistral| model.counts().unwrap()[0].submissions;
+            let before = launched(&model);
+            model.prefill(&mut state, &ids[129..]).unwrap();
+            logits.extend_from_slice(state.logits());
+            (logits, launched(&model) - before)
+        };
+        let (want, _) = run(vec![Device::cpu()], ParallelConfig::default());
+        let pair = vec![gpu.clone().isolated(), other.clone().isolated()];
+        let segments = 2 * spec.layers as u64 + 1;
+        for (devices, config, batches) in [
+            (pair.clone(), ParallelConfig::default(), 2),
+            (pair.clone(), ParallelConfig::default().without_overlap(), 2),
+            (vec![cpu.clone().unwrap(), gpu.clone()], ParallelConfig::default(), 2),
+            ([pair.clone(), pair].concat(), ParallelConfig::default().stages(2), 8),
+        ] {
+            let stages = config.stages.unwrap_or(1);
+            let (got, launched) = run(devices.clone(), config);
+            let gap = fixture::gap(&got, &want);
+            assert!(gap <= TOLERANCE, "{devices:?}, window {sliding_window:?}: {gap:e}");
+            if stages == 1 {
+                assert_eq!(launched, batches * segments, "{devices:?}: batches of 256 rows at most");
+            }
+        }
+    }
+}

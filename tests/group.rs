@@ -81,6 +81,34 @@ fn members_with_a_rank_each_give_the_bits_of_one_process_with_all_ranks() {
     }
 }
 
+/// A long prompt goes through a group in two halves: twice the sums, each of half the rows.
+#[test]
+fn members_of_whatever_devices_overlap_their_halves_in_the_same_order() {
+    let ids: Vec<u32> = (0..200).map(|i| i * 3 % 384).collect();
+    let run = |model: &TensorParallelMistral| {
+        let mut state = InferenceState::new(model.config());
+        model.prefill_logits(&mut state, &ids).unwrap()
+    };
+    let alone = TensorParallelMistral::load(fixture::load("gqa-headdim"), ParallelConfig::default()).unwrap();
+    let want = run(&alone);
+    let gpus = common::gpus();
+    let device = |rank: usize| if rank == 0 { Device::cpu() } else { gpus.first().cloned().unwrap_or_else(Device::cpu) };
+    for overlap in [true, false] {
+        std::thread::scope(|scope| {
+            for member in group(2) {
+                let (run, want) = (&run, &want);
+                scope.spawn(move || {
+                    let mut config = ParallelConfig::tensor_parallel(2, member.rank);
+                    config.overlap = overlap;
+                    let model = TensorParallelMistral::load_with_device(fixture::load("gqa-headdim"), config, member.clone(), device(member.rank)).unwrap();
+                    let gap = fixture::gap(&run(&model), want);
+                    assert!(gap <= 1e-3, "overlap {overlap}: {gap:e}");
+                });
+            }
+        });
+    }
+}
+
 #[test]
 fn groups_that_do_not_fit_are_refused() {
     let load = |config, collective| TensorParallelMistral::load_with(fixture::load("tied"), config, collective).err().unwrap().to_string();

@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use crate::backend::steps::{Step, lower};
-use crate::backend::{Assignment, BLOCK, Batch, Flow, PageId, Place, PlaceCounts, Row};
+use crate::backend::{Assignment, BLOCK, Batch, Flow, Lane, PageId, Place, PlaceCounts, Row};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
@@ -18,7 +18,7 @@ use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
 use crate::kernels::pool::{Pool, Scatter, for_each};
 use crate::kernels::{add, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
-use crate::plan::{Buf, Op, Plan, SegmentId, Weight};
+use crate::plan::{Buf, BufSpec, Op, Plan, SegmentId, Weight};
 use sweep::Sweep;
 use weights::{Held, hold};
 
@@ -52,11 +52,19 @@ pub(crate) struct CpuPlace {
     weights: Vec<Vec<Held>>,
     /// `[buf][rank]`; of a shared buffer there is one.
     bufs: Vec<Vec<Activation>>,
+    lanes: Vec<Kept>,
     /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
     pages: Vec<Words>,
     threads: Threads,
-    output: Vec<f32>,
     counts: PlaceCounts,
+}
+
+/// What a lane keeps from segment to segment.
+#[derive(Default)]
+struct Kept {
+    /// Its carried activations: those of [`CpuPlace::bufs`] while another lane computes.
+    carried: Vec<Vec<Activation>>,
+    output: Vec<f32>,
 }
 
 impl CpuPlace {
@@ -65,14 +73,13 @@ impl CpuPlace {
         let Assignment { plan, config, partition, ranks, .. } = assignment;
         let parts: Vec<_> = ranks.iter().map(|&r| partition.ranks[r].clone()).collect();
         let weights = threads.pool.enter(|| hold(assignment))?;
-        let bufs = plan
-            .bufs
-            .iter()
-            .map(|spec| {
-                let held_by = if spec.dim == Dim::Hidden { &parts[..1] } else { &parts[..] };
-                held_by.iter().map(|p| Activation { width: p.width(spec.dim, config), data: Vec::new() }).collect()
-            })
-            .collect();
+        let parts_of = |spec: &BufSpec| {
+            let held_by = if spec.dim == Dim::Hidden { &parts[..1] } else { &parts[..] };
+            held_by.iter().map(|p| Activation { width: p.width(spec.dim, config), data: Vec::new() }).collect()
+        };
+        let bufs = plan.bufs.iter().map(parts_of).collect();
+        let carried = || plan.bufs.iter().filter(|spec| spec.carried).map(parts_of).collect();
+        let lanes = (0..assignment.lanes).map(|_| Kept { carried: carried(), output: Vec::new() }).collect();
         let mut place = Self {
             stage: assignment.stage,
             plan: (*plan).clone(),
@@ -82,9 +89,9 @@ impl CpuPlace {
             parts,
             weights,
             bufs,
+            lanes,
             pages: Vec::new(),
             threads: threads.clone(),
-            output: Vec::new(),
             counts: PlaceCounts::default(),
         };
         place.counts.weight_bytes = place.weight_bytes().iter().sum();
@@ -130,6 +137,12 @@ impl CpuPlace {
                 buf.data.resize(spec.rows.of(batch) * buf.width, 0.0);
             }
         }
+    }
+
+    /// Puts a lane's carried activations where ops find them, or back.
+    fn swap(&mut self, lane: Lane) {
+        let carried = self.plan.bufs.iter().zip(&mut self.bufs).filter(|(spec, _)| spec.carried);
+        carried.zip(&mut self.lanes[lane].carried).for_each(|((_, here), there)| std::mem::swap(here, there));
     }
 
     /// Takes a buffer out, so that an op can write it while it reads others.
@@ -295,6 +308,31 @@ impl CpuPlace {
             unsafe { out.range(at..at + head_dim) }.copy_from_slice(y);
         });
     }
+
+    /// Runs a segment on the activations that are in place.
+    fn compute(&mut self, lane: Lane, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
+        self.size_buffers(batch);
+        let segment_spec = self.plan.segments[segment.0].clone();
+        if let Some(write) = segment_spec.write {
+            let Some(input) = input.host() else {
+                return Err(self.problem("rows were passed to it that lie on a GPU".into()));
+            };
+            self.bufs[write.0][0].data.copy_from_slice(input);
+            self.counts.bytes_written += size_of_val(input) as u64;
+        }
+        let steps = self.steps[segment.0].clone();
+        self.counts.ops += (segment_spec.ops.len() * self.parts.len()) as u64;
+        self.counts.submissions += 1;
+        let pool = self.threads.pool.clone();
+        pool.enter(|| steps.iter().for_each(|step| self.run(step, batch)));
+        let output = &mut self.lanes[lane].output;
+        output.clear();
+        if let Some(read) = segment_spec.read {
+            self.bufs[read.0].iter().for_each(|part| output.extend_from_slice(&part.data));
+            self.counts.bytes_read += size_of_val(&output[..]) as u64;
+        }
+        Ok(())
+    }
 }
 
 impl Place for CpuPlace {
@@ -310,39 +348,24 @@ impl Place for CpuPlace {
         false
     }
 
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
+    fn launch(&mut self, lane: Lane, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.make_pages(batch)?;
         if segment.0 == 0 {
             self.copy_pages(&batch.copies);
         }
-        self.size_buffers(batch);
-        let segment_spec = self.plan.segments[segment.0].clone();
-        if let Some(write) = segment_spec.write {
-            let Some(input) = input.host() else {
-                return Err(self.problem("rows were passed to it that lie on a GPU".into()));
-            };
-            self.bufs[write.0][0].data.copy_from_slice(input);
-            self.counts.bytes_written += size_of_val(input) as u64;
-        }
-        let steps = self.steps[segment.0].clone();
-        self.counts.ops += (segment_spec.ops.len() * self.parts.len()) as u64;
-        self.counts.submissions += 1;
-        let pool = self.threads.pool.clone();
-        pool.enter(|| steps.iter().for_each(|step| self.run(step, batch)));
-        self.output.clear();
-        if let Some(read) = segment_spec.read {
-            self.bufs[read.0].iter().for_each(|part| self.output.extend_from_slice(&part.data));
-            self.counts.bytes_read += size_of_val(&self.output[..]) as u64;
-        }
-        Ok(())
+        self.swap(lane);
+        let launched = self.compute(lane, segment, batch, input);
+        self.swap(lane);
+        launched
     }
 
-    fn poll(&mut self, _: Duration) -> Result<Poll<()>> {
+    fn poll(&mut self, _: Lane, _: Duration) -> Result<Poll<()>> {
         Ok(Poll::Ready(()))
     }
 
-    fn output(&mut self) -> Result<&[f32]> {
-        Ok(&self.output)
+    fn output(&mut self, lane: Lane, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+        take(&self.lanes[lane].output);
+        Ok(())
     }
 
     fn counts(&self) -> PlaceCounts {

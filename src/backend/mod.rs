@@ -3,6 +3,7 @@
 #[cfg(feature = "gpu")]
 pub(crate) mod wgpu;
 
+use std::any::Any;
 use std::ops::Range;
 use std::path::Path;
 use std::task::Poll;
@@ -89,9 +90,10 @@ pub(crate) struct Batch {
 pub(crate) enum Flow {
     /// In the host's memory.
     Host(Vec<f32>),
-    /// On the GPU that computed them, where the next stage lives too.
-    #[cfg(feature = "gpu")]
-    Device(wgpu::Handover),
+    /// On the device that computed them, where the next stage lives too; only its backend knows how. What is behind the pointer keeps wgpu's deep
+    /// types out of ours: to prove them `Send` exceeds the compiler's recursion limit in crates that use this one.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    Device(Box<dyn Any + Send>),
 }
 
 impl Flow {
@@ -99,7 +101,6 @@ impl Flow {
     pub(crate) fn host(&self) -> Option<&[f32]> {
         match self {
             Self::Host(rows) => Some(rows),
-            #[cfg(feature = "gpu")]
             Self::Device(_) => None,
         }
     }
@@ -114,6 +115,9 @@ impl Rows {
         }
     }
 }
+
+/// Which of the batches that are on their way in a place at once: each has its own rows from segment to segment.
+pub(crate) type Lane = usize;
 
 /// Most rows, wanted rows and pages that a place can take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,7 +156,8 @@ pub struct PlaceCounts {
 
 /// A device that holds the weights, activations and KV pages of the ranks of one stage that live there, and runs segments.
 ///
-/// One launch is in flight at a time. The engine launches every place before it waits for any.
+/// One launch is in flight a lane. They run in the order in which they were launched, so that what one stores in the cache, the next one sees.
+/// The engine launches every place before it waits for any.
 pub(crate) trait Place: Send {
     /// The ranks of the stage that live here, rising.
     fn ranks(&self) -> &[usize];
@@ -164,18 +169,25 @@ pub(crate) trait Place: Send {
     fn is_asynchronous(&self) -> bool;
 
     /// Starts a segment: writes `input` to the segment's `write` buffer, runs the ops, copies `read` out.
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()>;
+    fn launch(&mut self, lane: Lane, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()>;
 
     /// Whether the launch is done; waits for it no longer than `within`.
-    fn poll(&mut self, within: Duration) -> Result<Poll<()>>;
+    fn poll(&mut self, lane: Lane, within: Duration) -> Result<Poll<()>>;
 
-    /// What the segment read, once `poll` said ready: for each buffer of ranks in order, `[rows, width]` without padding.
-    /// Of a shared buffer there is one part; of a sharded one, a part a rank, one behind the other.
-    fn output(&mut self) -> Result<&[f32]>;
+    /// Hands over what the segment read, once `poll` said ready, in pieces from front to back: for each buffer of ranks in order, `[rows, width]` without
+    /// padding. Of a shared buffer there is one part; of a sharded one, a part a rank, one behind the other.
+    fn output(&mut self, lane: Lane, take: &mut dyn FnMut(&[f32])) -> Result<()>;
+
+    /// [`Self::output`] in one piece.
+    fn collect(&mut self, lane: Lane) -> Result<Vec<f32>> {
+        let mut all = Vec::new();
+        self.output(lane, &mut |piece| all.extend_from_slice(piece))?;
+        Ok(all)
+    }
 
     /// [`Self::output`] as the next stage takes it, where the segment ends its stage.
-    fn pass(&mut self) -> Result<Flow> {
-        self.output().map(|rows| Flow::Host(rows.to_vec()))
+    fn pass(&mut self, lane: Lane) -> Result<Flow> {
+        self.collect(lane).map(Flow::Host)
     }
 
     /// What was done and is held since the place was made.
@@ -195,6 +207,8 @@ pub(crate) struct Assignment<'a> {
     /// Bytes that its device has for the cache and activations of this place, beside all weights that it will hold; `None` if nobody knows.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's grow as they are used
     pub spare: Option<u64>,
+    /// Batches that are on their way in it at once.
+    pub lanes: usize,
     /// Whether kernels are chosen by measuring them on the device.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's need none
     pub tune: bool,

@@ -50,6 +50,10 @@ pub struct GridArgs {
     #[arg(long)]
     pub no_tune: bool,
 
+    /// Compute all rows of a prompt before they are summed over the devices, not one half while the other is summed
+    #[arg(long)]
+    pub no_overlap: bool,
+
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -85,6 +89,7 @@ impl GridArgs {
         config.weights = self.weights.0;
         config.cache_weights = self.cache_weights;
         config.tune = !self.no_tune;
+        config.overlap = !self.no_overlap;
         config
     }
 

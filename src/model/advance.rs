@@ -14,6 +14,9 @@ use crate::model::state::InferenceState;
 /// Rows of a micro-batch at least, where there are so many: fewer don't fill a tile of the kernels.
 const LEAST_ROWS: usize = 4;
 
+/// Rows of each of two batches that overlap, at least: reading the weights for both has to be cheap beside what they compute.
+const LEAST_OVERLAP: usize = 64;
+
 /// Which logits a call wants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
@@ -67,8 +70,9 @@ struct Part {
     wanted: Range<usize>,
 }
 
-/// A batch on its way.
+/// Batches on their way together.
 struct Flight {
+    /// Of one batch after the other.
     parts: Vec<Part>,
     pending: Pending,
 }
@@ -129,35 +133,51 @@ impl Grid {
     /// Sends the rows that are missing batch by batch, and takes the answers in that order.
     fn compute(&self, sequences: &mut [Sequence<'_>], how: How) -> Result<()> {
         let missing: usize = sequences.iter().map(|s| s.state.tokens.len() - s.sent).sum();
-        let batches = how.batches.unwrap_or(self.micro_batches).max(1);
-        let rows = missing.div_ceil(batches).max(LEAST_ROWS).min(how.chunk.max(1)).min(self.room.rows);
+        let trips = how.batches.unwrap_or(self.micro_batches).max(1);
+        let most = how.chunk.min(self.room.rows).max(1);
+        let lanes = if missing / trips < self.lanes * LEAST_OVERLAP { 1 } else { self.lanes };
+        let batches = missing.div_ceil(most).max(trips * lanes).next_multiple_of(lanes);
+        let rows = missing.div_ceil(batches).max(LEAST_ROWS).min(most);
         // Dropped on an error, they are waited for: no page is given back while a batch may write it.
         let mut flights = VecDeque::new();
         loop {
-            let parts = self.cut(sequences, rows, how.want);
-            if parts.is_empty() {
-                break;
-            }
             if flights.len() >= self.in_flight {
                 self.land(&mut flights, sequences)?;
             }
-            for part in &parts {
-                // Under a sliding window, batches that arrive free pages.
-                while let Err(full) = sequences[part.sequence].lease.reserve(part.positions.end, usize::MAX) {
-                    if flights.is_empty() {
-                        return Err(full);
-                    }
-                    self.land(&mut flights, sequences)?;
+            let (mut loads, mut sent) = (Vec::new(), Vec::new());
+            while loads.len() < lanes {
+                let parts = self.cut(sequences, rows, how.want);
+                if parts.is_empty() || !self.lease(sequences, &parts, &mut flights, loads.is_empty())? {
+                    break;
                 }
+                loads.push(self.batch(sequences, &parts, how));
+                parts.iter().for_each(|part| sequences[part.sequence].sent = part.positions.end);
+                sent.extend(parts);
             }
-            let pending = self.send(sequences, &parts, how)?;
-            parts.iter().for_each(|part| sequences[part.sequence].sent = part.positions.end);
-            flights.push_back(Flight { parts, pending });
+            if loads.is_empty() {
+                break;
+            }
+            flights.push_back(Flight { parts: sent, pending: self.driver.send(loads, how.debug)? });
         }
         while !flights.is_empty() {
             self.land(&mut flights, sequences)?;
         }
         Ok(())
+    }
+
+    /// Leases the pages of a batch. Answers whether there were enough; if the batch is the `first` of its trip, too few are an error.
+    fn lease(&self, sequences: &mut [Sequence<'_>], parts: &[Part], flights: &mut VecDeque<Flight>, first: bool) -> Result<bool> {
+        for part in parts {
+            // Under a sliding window, batches that arrive free pages.
+            while let Err(full) = sequences[part.sequence].lease.reserve(part.positions.end, usize::MAX) {
+                match (flights.is_empty(), first) {
+                    (false, _) => self.land(flights, sequences)?,
+                    (true, true) => return Err(full),
+                    (true, false) => return Ok(false),
+                }
+            }
+        }
+        Ok(true)
     }
 
     /// The next batch: at most `rows` rows, in the order of the sequences, of one type of cache.
@@ -186,8 +206,8 @@ impl Grid {
         parts
     }
 
-    /// Sends a batch on its way.
-    fn send(&self, sequences: &mut [Sequence<'_>], parts: &[Part], how: How) -> Result<Pending> {
+    /// A batch and its embedded rows.
+    fn batch(&self, sequences: &mut [Sequence<'_>], parts: &[Part], how: How) -> (Batch, Vec<f32>) {
         let (mut rows, mut wanted, mut seqs, mut copies, mut tokens) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for (seq, part) in parts.iter().enumerate() {
             let Sequence { state, lease, .. } = &mut sequences[part.sequence];
@@ -201,10 +221,10 @@ impl Grid {
         let kv = sequences[parts[0].sequence].state.kv;
         let (numerics, timed) = (how.numerics, self.timed.load(Ordering::Relaxed));
         let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv, numerics, timed };
-        self.driver.send(batch, self.embed(&tokens), how.debug)
+        (batch, self.embed(&tokens))
     }
 
-    /// Waits for the oldest batch.
+    /// Waits for the oldest batches.
     fn land(&self, flights: &mut VecDeque<Flight>, sequences: &mut [Sequence<'_>]) -> Result<()> {
         let Some(Flight { parts, pending }) = flights.pop_front() else { return Ok(()) };
         let mut logits = pending.wait()?;

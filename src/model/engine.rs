@@ -15,11 +15,16 @@ const QUEUE: usize = 1;
 /// How long a stage looks for its next batch before it sleeps.
 const LOOKING: Duration = Duration::from_micros(200);
 
-/// A batch on its way through the stages.
-pub(crate) struct Trip {
+/// A batch, and its rows as the last stage left them; an error travels on as rows do.
+pub(crate) struct Load {
     pub batch: Batch,
-    /// Its rows as the last stage left them; an error travels on as rows do.
     pub flow: Result<Flow>,
+}
+
+/// Batches on their way through the stages: in every stage one computes while another is exchanged.
+pub(crate) struct Trip {
+    /// By lane, in the order of computing.
+    pub loads: Vec<Load>,
     /// Report every step to stderr.
     pub debug: bool,
     answer: SyncSender<Result<Vec<f32>>>,
@@ -28,12 +33,18 @@ pub(crate) struct Trip {
 impl Trip {
     /// Gives the logits to whoever waits.
     fn arrive(self) {
-        let logits = match self.flow {
+        let mut flows = self.loads.into_iter().map(|load| match load.flow {
             Ok(Flow::Host(logits)) => Ok(logits),
-            #[cfg(feature = "gpu")]
             Ok(Flow::Device(_)) => Err(Error::DriverGone("the last stage left its logits on a device".into())),
             Err(e) => Err(e),
-        };
+        });
+        // Mostly there is but one, and nothing is copied.
+        let first = flows.next().unwrap_or_else(|| Ok(Vec::new()));
+        let logits = flows.fold(first, |all, more| {
+            let (mut all, more) = (all?, more?);
+            all.extend_from_slice(&more);
+            Ok(all)
+        });
         // A caller that has gone away needs no answer.
         let _ = self.answer.send(logits);
     }
@@ -62,7 +73,7 @@ impl Counts {
     }
 }
 
-/// The logits of a batch, `[wanted, vocab]`, once it has arrived.
+/// The logits of a trip, `[wanted, vocab]` of one batch after the other, once it has arrived.
 pub(crate) struct Pending(Option<Receiver<Result<Vec<f32>>>>);
 
 impl Pending {
@@ -122,10 +133,11 @@ impl Driver {
         Ok(())
     }
 
-    /// Sends a batch with its embedded rows, `[rows, hidden]`. Blocks while the first stage has enough to do.
-    pub(crate) fn send(&self, batch: Batch, embedded: Vec<f32>, debug: bool) -> Result<Pending> {
+    /// Sends batches, one for each of the first lanes, with their embedded rows, `[rows, hidden]`. Blocks while the first stage has enough to do.
+    pub(crate) fn send(&self, batches: Vec<(Batch, Vec<f32>)>, debug: bool) -> Result<Pending> {
         let (answer, pending) = mpsc::sync_channel(1);
-        self.visit(Visitor::Trip(Box::new(Trip { batch, flow: Ok(Flow::Host(embedded)), debug, answer })))?;
+        let loads = batches.into_iter().map(|(batch, embedded)| Load { batch, flow: Ok(Flow::Host(embedded)) }).collect();
+        self.visit(Visitor::Trip(Box::new(Trip { loads, debug, answer })))?;
         Ok(Pending(Some(pending)))
     }
 
@@ -212,9 +224,8 @@ fn step(mut stages: Vec<Stage>, visitors: Receiver<Visitor>, depth: usize) {
             schedule.stages().zip(&mut trips).filter_map(|(at, trip)| Some((order[at].take()?, trip))).collect();
         held.sort_by_key(|(stage, _)| !stage.is_asynchronous());
         let segments = held.iter().map(|(stage, _)| stage.plan.segments.len()).max().unwrap_or(0);
-        for segment in 0..segments {
-            held.iter_mut().for_each(|(stage, trip)| stage.launch(segment, trip));
-            held.iter_mut().for_each(|(stage, trip)| stage.land(segment, trip));
+        for segment in 0..=segments {
+            held.iter_mut().for_each(|(stage, trip)| stage.step(segment, trip));
         }
         if schedule.pop().is_some()
             && let Some(trip) = trips.pop_front()

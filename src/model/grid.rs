@@ -13,7 +13,6 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::WorkStealingStats;
 use crate::kernels::pool::Pool;
-use crate::kernels::quant::QuantFormat;
 use crate::model::engine::{Counts, Driver};
 use crate::model::kv::PagePool;
 use crate::model::layout::{Layout, RankInfo, lay_out, packing, rank_infos, spare};
@@ -47,8 +46,9 @@ pub(crate) struct Grid {
     pub(super) batches: AtomicU64,
     /// Batches that the rows of a call are cut into, so that they fill the stages.
     pub(crate) micro_batches: usize,
-    /// Batches of a call that are on their way at once, at most.
+    /// Trips of a call that are on their way at once, at most, and the batches in each.
     pub(super) in_flight: usize,
+    pub(super) lanes: usize,
     /// Processes that the ranks are in.
     pub(crate) members: usize,
     pub(super) driver: Driver,
@@ -68,7 +68,7 @@ impl Grid {
     ) -> Result<Self> {
         let world = config.tensor.world_size;
         let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
-        let layouts = lay_out(&params, &partition, local, devices, collective.size());
+        let layouts = lay_out(&params, config, &partition, local, devices, collective.size());
         let stamp = params.stamp();
         let cache = config.cache_weights.then_some((params.path(), &stamp[..]));
         let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
@@ -102,11 +102,11 @@ impl Grid {
                 collective,
                 trace,
                 collectives: 0,
-                started: Instant::now(),
-                in_flight: Vec::new(),
+                in_flight: vec![vec![None; layout.groups.len()]; layout.lanes],
+                done: vec![Instant::now(); layout.groups.len()],
             });
         }
-        agree(&*collective, &params, &partition, config.weights, room)?;
+        agree(&*collective, &params, &partition, config, room)?;
         Ok(Self {
             rope: RopeTable::new(params.config()),
             pages: Arc::new(PagePool::new(room.pages)),
@@ -114,6 +114,7 @@ impl Grid {
             batches: AtomicU64::new(0),
             micro_batches,
             in_flight,
+            lanes: layouts[0].lanes,
             members: collective.size(),
             params,
             room,
@@ -208,7 +209,7 @@ pub(super) fn room(
 fn rows_within(budget: usize, model: &Config, layouts: &[Layout], in_flight: usize) -> Result<usize> {
     let whole = &Partition::new(model, 1, 1, None, 1)?.stages[0].ranks[0];
     let widths = layouts.iter().flat_map(|layout| &layout.plan.bufs).map(|buf| whole.width(buf.dim, model));
-    let row = size_of::<f32>() * (widths.sum::<usize>() + in_flight * model.hidden_size);
+    let row = size_of::<f32>() * (widths.sum::<usize>() + in_flight * layouts[0].lanes * model.hidden_size);
     Ok((budget / row.max(1)).clamp(1, MOST_ROWS))
 }
 
@@ -249,13 +250,13 @@ fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
     )
 }
 
-/// All members of a group must have the same checkpoint, partition, format and room, or their sums mean nothing. All see all, so that where
+/// All members of a group must have the same checkpoint, partition, format and room and overlap alike, or their sums mean nothing. All see all, so that where
 /// one differs none goes on to wait for it.
-fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, weights: Option<QuantFormat>, room: Room) -> Result<()> {
+fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, config: &ParallelConfig, room: Room) -> Result<()> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     params.fingerprint().hash(&mut hasher);
-    format!("{partition:?} {weights:?} {room:?}").hash(&mut hasher);
+    format!("{partition:?} {:?} {} {room:?}", config.weights, config.overlap).hash(&mut hasher);
     // 16 bits are exact in an f32.
     let mine: Vec<f32> = hasher.finish().to_le_bytes().chunks(2).map(|b| f32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
     let mut all = vec![0.0; mine.len() * collective.size()];
@@ -265,7 +266,7 @@ fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition
         Some(other) => {
             let rank = collective.rank();
             Err(Error::Collective(format!(
-                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights or the room of their cache"
+                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights, whether halves overlap, or the room of their cache"
             )))
         }
     }

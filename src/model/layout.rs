@@ -90,6 +90,9 @@ fn memory(params: &Parameters, partition: &Partition, layouts: &[Layout], ranks:
     all
 }
 
+/// Batches that overlap: one computes while the other is summed.
+const LANES: usize = 2;
+
 /// A stage as it will be: its plan, and which ranks live together.
 pub(super) struct Layout {
     pub plan: Plan,
@@ -97,10 +100,19 @@ pub(super) struct Layout {
     pub groups: Vec<(Device, Vec<usize>)>,
     /// Whether the next stage lives on this one's only device, with all its ranks.
     pub stays: bool,
+    /// Batches that are on their way in each of its places at once, the same in all stages.
+    pub lanes: usize,
 }
 
 /// Lays a model out over devices: `devices` are those of `local` ranks, stage after stage.
-pub(super) fn lay_out(params: &Parameters, partition: &Partition, local: &[usize], devices: &[Device], group_size: usize) -> Vec<Layout> {
+pub(super) fn lay_out(
+    params: &Parameters,
+    config: &ParallelConfig,
+    partition: &Partition,
+    local: &[usize],
+    devices: &[Device],
+    group_size: usize,
+) -> Vec<Layout> {
     let by_stage = devices.chunks(local.len());
     let mut layouts: Vec<Layout> = partition
         .stages
@@ -115,9 +127,15 @@ pub(super) fn lay_out(params: &Parameters, partition: &Partition, local: &[usize
                 }
             }
             let cut = groups.len() > 1 || group_size > 1;
-            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false }
+            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false, lanes: 1 }
         })
         .collect();
+    // While one batch is summed, places that compute on their own go on with another. Members of a group make the same sums in the same order,
+    // whatever places they have.
+    let overlaps = |layout: &Layout| layout.groups.len() > 1 && layout.groups.iter().any(|(device, _)| !device.is_cpu());
+    if config.overlap && (group_size > 1 || layouts.iter().any(overlaps)) {
+        layouts.iter_mut().for_each(|layout| layout.lanes = LANES);
+    }
     for stage in 1..layouts.len() {
         if let ([(this, _)], [(next, _)]) = (&layouts[stage - 1].groups[..], &layouts[stage].groups[..]) {
             layouts[stage - 1].stays = this.shares_place_with(next);
@@ -141,7 +159,7 @@ impl Layout {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
             (
                 device,
-                Assignment { stage, stays: self.stays, spare: None, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing },
+                Assignment { stage, stays: self.stays, spare: None, lanes: self.lanes, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing },
             )
         })
     }
@@ -216,7 +234,7 @@ pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Dev
     let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
     let packing = packing(config, None, &|_| {});
     let local: Vec<usize> = (0..world).collect();
-    let layouts = lay_out(params, &partition, &local, devices, 1);
+    let layouts = lay_out(params, config, &partition, &local, devices, 1);
     let ranks = rank_infos(params, &partition, &layouts, packing)?;
     let room = room(params, config, &partition, &layouts, &ranks, packing)?;
     Ok(PlanSummary {

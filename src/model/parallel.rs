@@ -102,6 +102,19 @@ impl TensorParallelMistral {
     /// # Errors
     /// A collective of another size than the world or of another rank than the config; members with another checkpoint or partition.
     pub fn load_with(params: Parameters, config: impl Into<ParallelConfig>, collective: Arc<dyn Collective>) -> Result<Self> {
+        Self::load_with_device(params, config, collective, Device::cpu())
+    }
+
+    /// [`Self::load_with`] on a device of this process, whatever the other members have.
+    ///
+    /// # Errors
+    /// As [`Self::load_with`]; a device that can't be opened or has too little memory.
+    pub fn load_with_device(
+        params: Parameters,
+        config: impl Into<ParallelConfig>,
+        collective: Arc<dyn Collective>,
+        device: Device,
+    ) -> Result<Self> {
         let config = config.into();
         config.validate(params.config())?;
         let (world, rank) = (config.tensor.world_size, config.tensor.rank);
@@ -114,7 +127,7 @@ impl TensorParallelMistral {
             let right = "use one stage where ranks are in several processes".into();
             return Err(Error::Stages { stages, what: format!("a group of {world} processes"), right });
         }
-        let grid = Grid::load(params, &config, 1, &[rank], &[Device::cpu()], collective, &|_, _| {})?;
+        let grid = Grid::load(params, &config, 1, &[rank], &[device], collective, &|_, _| {})?;
         Ok(Self { grid: Arc::new(grid), by: PhantomData })
     }
 }

@@ -56,6 +56,9 @@ pub struct ParallelConfig {
     /// Whether GPUs choose among the variants of their kernels by a short measurement, the first time that they meet a shape. Choices are
     /// kept in the user's cache directory (or the one that `TORCHLESS_CACHE` names), by adapter, driver and version.
     pub tune: bool,
+    /// Whether a prompt of 128 rows and more is computed in two halves, so that one computes while the other is summed: where ranks sum through the host
+    /// and one of them is a GPU, and in groups of processes, whose members must all have it alike.
+    pub overlap: bool,
     /// Whether `stages: None` asks for several.
     pipelined: bool,
 }
@@ -74,6 +77,7 @@ impl Default for ParallelConfig {
             weights: None,
             cache_weights: false,
             tune: true,
+            overlap: true,
             pipelined: false,
         }
     }
@@ -148,6 +152,13 @@ impl ParallelConfig {
     #[must_use]
     pub fn untuned(mut self) -> Self {
         self.tune = false;
+        self
+    }
+
+    /// Computes all rows of a prompt before they are summed.
+    #[must_use]
+    pub fn without_overlap(mut self) -> Self {
+        self.overlap = false;
         self
     }
 

@@ -4,11 +4,11 @@ use std::io::IsTerminal;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crate::backend::{Batch, Flow, Place, PlaceCounts};
+use crate::backend::{Batch, Flow, Lane, Place, PlaceCounts};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 use crate::kernels::pool::Pool;
-use crate::model::engine::Trip;
+use crate::model::engine::{Load, Trip};
 use crate::plan::{Exchange, Plan, SegmentId};
 use crate::trace::{Category, Trace};
 
@@ -28,10 +28,10 @@ pub(crate) struct Stage {
     pub trace: Arc<Trace>,
     /// All-reduces and gathers done.
     pub collectives: u64,
-    /// When the segment at hand was launched.
-    pub started: Instant,
-    /// The places that run it, and since when.
-    pub in_flight: Vec<(usize, Instant)>,
+    /// Since when each place computes for each lane, `[lane][place]`; `None` once it has been waited for.
+    pub in_flight: Vec<Vec<Option<Instant>>>,
+    /// When each place was last seen to be done.
+    pub done: Vec<Instant>,
 }
 
 impl Stage {
@@ -49,98 +49,143 @@ impl Stage {
         self.places.iter().map(|place| place.counts())
     }
 
-    /// Computes a batch, from the rows that come in to those that go out.
+    /// Computes a trip, from the rows that come in to those that go out.
     pub(crate) fn run(&mut self, trip: &mut Trip) {
-        for segment in 0..self.plan.segments.len() {
-            self.launch(segment, trip);
-            self.land(segment, trip);
+        (0..=self.plan.segments.len()).for_each(|segment| self.step(segment, trip));
+    }
+
+    /// Takes every lane of a trip one segment on: waits for the one before, lets the places exchange it, and launches `segment`. Meanwhile
+    /// they compute what the other lanes have launched. After an error nothing more is launched, and what was is waited for.
+    pub(crate) fn step(&mut self, segment: usize, trip: &mut Trip) {
+        for lane in 0..trip.loads.len() {
+            if let Some(before) = segment.checked_sub(1) {
+                self.land(lane, before, trip);
+            }
+            if segment < self.plan.segments.len() && trip.loads.iter().all(|load| load.flow.is_ok()) {
+                self.launch(lane, segment, &mut trip.loads[lane]);
+            }
         }
     }
 
-    /// Launches a segment on every place, those that return at once first. Past the plan's end, and after an error, nothing happens.
-    pub(crate) fn launch(&mut self, segment: usize, trip: &mut Trip) {
-        let (Ok(flow), true) = (&trip.flow, segment < self.plan.segments.len()) else { return };
-        self.started = Instant::now();
+    /// Launches a segment on every place, those that return at once first.
+    fn launch(&mut self, lane: Lane, segment: usize, load: &mut Load) {
+        let Ok(flow) = &load.flow else { return };
         let mut failed = None;
         let mut order: Vec<usize> = (0..self.places.len()).collect();
         order.sort_by_key(|&place| !self.places[place].is_asynchronous());
         for i in order {
             let (place, start) = (&mut self.places[i], Instant::now());
-            match place.launch(SegmentId(segment), &trip.batch, flow) {
+            match place.launch(lane, SegmentId(segment), &load.batch, flow) {
                 Ok(()) => {
                     let category = if place.is_asynchronous() { Category::Write } else { Category::Compute };
-                    span(&self.trace, self.index, place.ranks(), category, start, &trip.batch);
-                    self.in_flight.push((i, Instant::now()));
+                    span(&self.trace, self.index, place.ranks(), category, start, &load.batch);
+                    self.in_flight[lane][i] = Some(Instant::now());
                 }
                 Err(e) => failed = failed.or(Some(e)),
             }
         }
         if let Some(e) = failed {
             // Where one failed the others are still waited for, so that the next launch finds them idle.
-            let _ = self.wait(&trip.batch);
-            trip.flow = Err(e);
+            let _ = self.wait_for_all(lane, &load.batch);
+            load.flow = Err(e);
         }
     }
 
-    /// Waits for what was launched, and lets the places exchange what they read.
-    pub(crate) fn land(&mut self, segment: usize, trip: &mut Trip) {
-        if trip.flow.is_err() || segment >= self.plan.segments.len() {
+    /// Waits for what a lane launched, and lets the places exchange what they read.
+    fn land(&mut self, lane: Lane, segment: usize, trip: &mut Trip) {
+        let Some(started) = self.in_flight[lane].iter().flatten().min().copied() else { return };
+        let failed = trip.loads.iter().any(|load| load.flow.is_err());
+        let Load { batch, flow } = &mut trip.loads[lane];
+        if failed {
+            let _ = self.wait_for_all(lane, batch);
             return;
         }
         let exchange = self.plan.segments[segment].exchange;
-        trip.flow = self.wait(&trip.batch).and_then(|()| match exchange {
-            Exchange::AllReduce => self.all_reduce(&trip.batch).map(Flow::Host),
-            Exchange::AllGather => self.all_gather(&trip.batch).map(Flow::Host),
-            Exchange::Pass => self.pass(&trip.batch),
-        });
-        let (stage, rows, micros) = (self.index, trip.batch.rows.len(), self.started.elapsed().as_micros() as u64);
+        let exchanged = match exchange {
+            Exchange::AllReduce => {
+                // Nobody needs what came in any more: the sum takes its memory.
+                let memory = match std::mem::replace(flow, Ok(Flow::Host(Vec::new()))) {
+                    Ok(Flow::Host(rows)) => rows,
+                    _ => Vec::new(),
+                };
+                self.all_reduce(lane, batch, memory).map(Flow::Host)
+            }
+            Exchange::AllGather => self.wait_for_all(lane, batch).and_then(|()| self.all_gather(lane, batch)).map(Flow::Host),
+            Exchange::Pass => self.wait_for_all(lane, batch).and_then(|()| self.pass(lane, batch)),
+        };
+        if exchanged.is_err() {
+            let _ = self.wait_for_all(lane, batch);
+        }
+        *flow = exchanged;
+        let (stage, rows, micros) = (self.index, batch.rows.len(), started.elapsed().as_micros() as u64);
         reporting(trip.debug, || tracing::debug!(stage, segment, ?exchange, rows, micros, "step"));
     }
 
-    fn wait(&mut self, batch: &Batch) -> Result<()> {
-        let mut failed = None;
-        for (place, start) in std::mem::take(&mut self.in_flight) {
-            let place = self.places[place].as_mut();
-            match wait(place, self.index) {
-                Ok(()) if place.is_asynchronous() => span(&self.trace, self.index, place.ranks(), Category::Compute, start, batch),
-                Ok(()) => {}
-                Err(e) => failed = failed.or(Some(e)),
-            }
-        }
-        failed.map_or(Ok(()), Err)
+    /// Waits for every place that computes for a lane, whether or not one fails.
+    fn wait_for_all(&mut self, lane: Lane, batch: &Batch) -> Result<()> {
+        let waited = (0..self.places.len()).map(|place| self.wait(lane, place, batch));
+        waited.fold(Ok(()), |all, one| all.and(one))
     }
 
-    /// The sum of what the places read, place after place, and then rank after rank of the group.
-    fn all_reduce(&mut self, batch: &Batch) -> Result<Vec<f32>> {
-        let parts = self.read(batch)?;
-        let start = Instant::now();
-        let mut sum = parts[0].to_vec();
-        parts[1..].iter().for_each(|part| crate::kernels::add(&mut sum, part));
+    fn wait(&mut self, lane: Lane, place: usize, batch: &Batch) -> Result<()> {
+        let Some(start) = self.in_flight[lane][place].take() else { return Ok(()) };
+        // It computes what was launched on it in that order.
+        let start = start.max(self.done[place]);
+        let done = wait(self.places[place].as_mut(), lane, self.index);
+        self.done[place] = Instant::now();
+        let place = &self.places[place];
+        if done.is_ok() && place.is_asynchronous() {
+            span(&self.trace, self.index, place.ranks(), Category::Compute, start, batch);
+        }
+        done
+    }
+
+    /// The sum of what the places read, place after place, each as soon as it is done, and then rank after rank of the group. It takes the place of what `sum` holds.
+    fn all_reduce(&mut self, lane: Lane, batch: &Batch, mut sum: Vec<f32>) -> Result<Vec<f32>> {
+        sum.clear();
+        for place in 0..self.places.len() {
+            self.wait(lane, place, batch)?;
+            let mut at = 0;
+            self.read(lane, place, batch, Category::Reduce, |piece| {
+                if place == 0 {
+                    sum.extend_from_slice(piece);
+                } else {
+                    crate::kernels::add(&mut sum[at..][..piece.len()], piece);
+                    at += piece.len();
+                }
+            })?;
+        }
+        self.collectives += 1;
         let (n, size) = (sum.len(), self.collective.size());
-        let mut all = vec![0.0; n * size];
-        self.collective.all_gather(&sum, &vec![n; size], &mut all)?;
-        sum.copy_from_slice(&all[..n]);
-        (1..size).for_each(|rank| crate::kernels::add(&mut sum, &all[rank * n..(rank + 1) * n]));
-        self.exchanged(start, batch);
+        if size > 1 {
+            let start = Instant::now();
+            let mut all = vec![0.0; n * size];
+            self.collective.all_gather(&sum, &vec![n; size], &mut all)?;
+            sum.copy_from_slice(&all[..n]);
+            (1..size).for_each(|rank| crate::kernels::add(&mut sum, &all[rank * n..(rank + 1) * n]));
+            span(&self.trace, self.index, &self.ranks(), Category::Reduce, start, batch);
+        }
         Ok(sum)
     }
 
     /// `[rows, sum of widths]`: of each row the ranks' parts, in rank order.
-    fn all_gather(&mut self, batch: &Batch) -> Result<Vec<f32>> {
+    fn all_gather(&mut self, lane: Lane, batch: &Batch) -> Result<Vec<f32>> {
         let (index, rows, widths) = (self.index, batch.wanted.len(), self.gathered.clone());
-        let ranks: Vec<Vec<usize>> = self.places.iter().map(|p| p.ranks().to_vec()).collect();
-        let (group, read) = (self.collective.clone(), self.read(batch)?);
+        let mut read = vec![Vec::new(); self.places.len()];
+        for (place, read) in read.iter_mut().enumerate() {
+            self.read(lane, place, batch, Category::Read, |piece| read.extend_from_slice(piece))?;
+        }
         let start = Instant::now();
         let mut parts = vec![&[][..]; widths.len()];
-        for (ranks, mut read) in ranks.into_iter().zip(read) {
-            for rank in ranks {
+        for (place, mut read) in self.places.iter().zip(read.iter().map(Vec::as_slice)) {
+            for &rank in place.ranks() {
                 parts[rank] = read
                     .split_off(..rows * widths[rank])
                     .ok_or_else(|| Error::DriverGone(format!("a place read too little for rank {rank} of stage {index}")))?;
             }
         }
         // Alone, this process hosts all ranks; in a group, each member one.
-        let mut all = Vec::new();
+        let (mut all, group) = (Vec::new(), &self.collective);
         if group.size() > 1 {
             let counts: Vec<usize> = widths.iter().map(|width| rows * width).collect();
             all.resize(counts.iter().sum(), 0.0);
@@ -152,35 +197,41 @@ impl Stage {
         for row in 0..rows {
             parts.iter().zip(&widths).for_each(|(part, width)| gathered.extend_from_slice(&part[row * width..][..*width]));
         }
-        self.exchanged(start, batch);
+        self.collectives += 1;
+        span(&self.trace, self.index, &self.ranks(), Category::Reduce, start, batch);
         Ok(gathered)
     }
 
     /// The residual stream, which every place has.
-    fn pass(&mut self, batch: &Batch) -> Result<Flow> {
+    fn pass(&mut self, lane: Lane, batch: &Batch) -> Result<Flow> {
         let start = Instant::now();
-        let passed = self.places[0].pass()?;
+        let passed = self.places[0].pass(lane)?;
         span(&self.trace, self.index, self.places[0].ranks(), Category::Read, start, batch);
         Ok(passed)
     }
 
-    /// What each place read, in order.
-    fn read(&mut self, batch: &Batch) -> Result<Vec<&[f32]>> {
-        let (index, trace) = (self.index, &*self.trace);
-        self.places.iter_mut().map(|place| read(place.as_mut(), index, batch, trace)).collect()
+    /// Hands what a place read to `take`, whose own time goes to `category`.
+    fn read(&mut self, lane: Lane, place: usize, batch: &Batch, category: Category, mut take: impl FnMut(&[f32])) -> Result<()> {
+        let (start, mut taking) = (Instant::now(), Duration::ZERO);
+        let place = &mut self.places[place];
+        place.output(lane, &mut |piece| {
+            let start = Instant::now();
+            take(piece);
+            taking += start.elapsed();
+        })?;
+        let end = Instant::now();
+        let taken = end.checked_sub(taking).unwrap_or(start).max(start);
+        let span = |category, from, to| self.trace.span(self.index, place.ranks(), category, from..to, batch.number, batch.rows.len());
+        span(Category::Read, start, taken);
+        span(category, taken, end);
+        Ok(())
     }
 
     /// The stage has waited for this batch since `idle`, if it had any before.
     pub(crate) fn waited(&self, idle: Option<Instant>, trip: &Trip) {
-        if let Some(start) = idle {
-            span(&self.trace, self.index, &self.ranks(), Category::Schedule, start, &trip.batch);
+        if let (Some(start), Some(load)) = (idle, trip.loads.first()) {
+            span(&self.trace, self.index, &self.ranks(), Category::Schedule, start, &load.batch);
         }
-    }
-
-    /// The ranks talked since `start`.
-    fn exchanged(&mut self, start: Instant, batch: &Batch) {
-        self.collectives += 1;
-        span(&self.trace, self.index, &self.ranks(), Category::Reduce, start, batch);
     }
 
     /// The ranks that this process hosts.
@@ -190,21 +241,13 @@ impl Stage {
 }
 
 fn span(trace: &Trace, stage: usize, ranks: &[usize], category: Category, start: Instant, batch: &Batch) {
-    trace.span(stage, ranks, category, start, batch.number, batch.rows.len());
+    trace.span(stage, ranks, category, start..Instant::now(), batch.number, batch.rows.len());
 }
 
-/// What a place read, and how long it took to get at it.
-fn read<'a>(place: &'a mut dyn Place, stage: usize, batch: &Batch, trace: &Trace) -> Result<&'a [f32]> {
-    let (ranks, start) = (place.ranks().to_vec(), Instant::now());
-    let output = place.output()?;
-    span(trace, stage, &ranks, Category::Read, start, batch);
-    Ok(output)
-}
-
-fn wait(place: &mut dyn Place, stage: usize) -> Result<()> {
+fn wait(place: &mut dyn Place, lane: Lane, stage: usize) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
-        if place.poll(Duration::from_millis(100))?.is_ready() {
+        if place.poll(lane, Duration::from_millis(100))?.is_ready() {
             return Ok(());
         }
     }

@@ -3,7 +3,7 @@
 use super::shaders::ELEMENTS;
 use super::tuning::Linear;
 use super::weights::TILE;
-use crate::backend::{BLOCK, Batch, KvType};
+use crate::backend::{BLOCK, Batch, KvType, Lane};
 use crate::plan::Rows;
 
 /// How many workgroups a dispatch needs.
@@ -48,7 +48,8 @@ pub(super) struct Dispatch {
     pub size: Size,
     /// For either type of keys and values. Each of a linear layer: for one row, for few and for many; of the others, one.
     pub pipelines: [Vec<wgpu::ComputePipeline>; 2],
-    pub bind: wgpu::BindGroup,
+    /// By lane.
+    pub binds: Vec<wgpu::BindGroup>,
 }
 
 impl Size {
@@ -74,7 +75,7 @@ impl Dispatch {
     /// Encodes it, unless the batch has nothing for it to do. Answers whether it did.
     ///
     /// `most`: workgroups in one dimension of a grid.
-    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, batch: &Batch, most: u32) -> bool {
+    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, lane: Lane, batch: &Batch, most: u32) -> bool {
         let [spans, _] = if let Size::Spans(_, split) | Size::Merge(_, split) = self.size { Split::spans(split, batch) } else { [1, 0] };
         let (pipeline, groups) = self.size.groups(self.rows.of(batch), spans as usize);
         if groups == 0 {
@@ -82,7 +83,7 @@ impl Dispatch {
         }
         let (x, y) = fold(groups, most as usize);
         pass.set_pipeline(&self.pipelines[usize::from(batch.kv == KvType::F16)][pipeline]);
-        pass.set_bind_group(0, &self.bind, &[]);
+        pass.set_bind_group(0, &self.binds[lane], &[]);
         pass.dispatch_workgroups(x, y, 1);
         true
     }

@@ -10,7 +10,7 @@ use super::tune::{Layer, Tuner};
 use super::weights::{GpuWeight, Source, TILE};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
-use crate::backend::{Assignment, KvType, Room};
+use crate::backend::{Assignment, KvType, Lane, Room};
 use crate::error::Result;
 use crate::kernels::pool::Pool;
 use crate::partition::RankPartition;
@@ -48,11 +48,29 @@ struct Call {
 pub(super) struct Lowered {
     pub dispatches: Vec<Dispatch>,
     pub caches: Caches,
+    pub twins: Twins,
     /// Of each hosted rank: its logical weights, as they are held.
     pub weight_bytes: Vec<u64>,
     /// All that there are.
     #[cfg(test)]
     pub activations: Vec<Activation>,
+}
+
+/// Of every lane but the first: the buffers of the first that are not shared, each with the lane's own.
+pub(super) struct Twins(Vec<Vec<(wgpu::Buffer, wgpu::Buffer)>>);
+
+impl Twins {
+    /// A lane a moment.
+    fn of(moments: &[Moment]) -> Self {
+        let pairs = |moment: &Moment| moments[0].buffers().into_iter().cloned().zip(moment.buffers().into_iter().cloned()).collect();
+        Self(moments[1..].iter().map(pairs).collect())
+    }
+
+    /// What is a lane's own where the first lane has `buffer`.
+    pub(super) fn in_lane<'a>(&'a self, lane: Lane, buffer: &'a wgpu::Buffer) -> &'a wgpu::Buffer {
+        let own = lane.checked_sub(1).and_then(|lane| self.0[lane].iter().find(|(first, _)| first == buffer));
+        own.map_or(buffer, |(_, own)| own)
+    }
 }
 
 /// Makes everything that a place keeps on its device.
@@ -61,6 +79,7 @@ pub(super) struct Lowerer<'a> {
     bounds: Bounds,
     assignment: &'a Assignment<'a>,
     moment: &'a Moment,
+    twins: Twins,
     tuner: Tuner,
     pipelines: Pipelines<'a>,
     /// Packs matrices, on the threads of this pool.
@@ -86,7 +105,7 @@ impl<'a> Lowerer<'a> {
         bounds: Bounds,
         assignment: &'a Assignment<'a>,
         room: Room,
-        moment: &'a Moment,
+        moments: &'a [Moment],
         split: Option<Split>,
         tuner: Tuner,
         pool: &'a Pool,
@@ -105,7 +124,8 @@ impl<'a> Lowerer<'a> {
             gpu,
             bounds,
             assignment,
-            moment,
+            moment: &moments[0],
+            twins: Twins::of(moments),
             pipelines: Pipelines::new(&gpu.device, tuner.base(), assignment.config.head_dim),
             tuner,
             packer: assignment.packing.as_ref().map(|packing| Packer::new(assignment, packing, &gpu.owner.device)),
@@ -129,7 +149,12 @@ impl<'a> Lowerer<'a> {
             let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
             for part in room::parts(self.assignment, buf) {
                 let bytes = 4 * (rows * part.stride()).max(4) as u64;
-                parts.push(Activation { buffer: self.gpu.buffer(spec.name, bytes, usage)?, part, rows: spec.rows });
+                let make = || self.gpu.buffer(spec.name, bytes, usage);
+                let buffer = make()?;
+                if spec.carried {
+                    self.twins.0.iter_mut().try_for_each(|lane| make().map(|twin| lane.push((buffer.clone(), twin))))?;
+                }
+                parts.push(Activation { buffer, part, rows: spec.rows });
             }
         }
         Ok(parts)
@@ -365,13 +390,17 @@ impl<'a> Lowerer<'a> {
         }
         gpu.scoped("shapes", size as u64, || gpu.queue.write_buffer(&shapes, 0, &bytes))?;
 
-        let (counts, pipelines) = (&self.moment.counts, &mut self.pipelines);
+        let (counts, pipelines, twins) = (&self.moment.counts, &mut self.pipelines, &self.twins);
         let mut dispatches = Vec::new();
         for (i, call) in self.calls.into_iter().enumerate() {
             let at = (SLOT * i) as u64;
-            let bind = gpu.scoped("bind groups", 0, || pipelines.bind(call.kernel, &shapes, at, counts, &call.buffers))?;
+            let mut bind = |lane: Lane| {
+                let buffers: Vec<_> = call.buffers.iter().map(|buffer| twins.in_lane(lane, buffer).clone()).collect();
+                gpu.scoped("bind groups", 0, || pipelines.bind(call.kernel, &shapes, at, twins.in_lane(lane, counts), &buffers))
+            };
+            let binds = (0..=twins.0.len()).map(&mut bind).collect::<Result<_>>()?;
             let Call { rows, size, pipelines, .. } = call;
-            dispatches.push(Dispatch { rows, size, pipelines, bind });
+            dispatches.push(Dispatch { rows, size, pipelines, binds });
         }
         if let Some(packer) = self.packer {
             packer.keep();
@@ -380,6 +409,7 @@ impl<'a> Lowerer<'a> {
         Ok(Lowered {
             dispatches,
             caches,
+            twins: self.twins,
             weight_bytes: self.weight_bytes,
             #[cfg(test)]
             activations: self.activations.into_iter().flatten().collect(),

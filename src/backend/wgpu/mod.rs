@@ -17,7 +17,6 @@ mod tuned;
 mod tuning;
 mod weights;
 
-pub(crate) use handover::Handover;
 pub(crate) use opened::Opened;
 pub(crate) use place::GpuPlace;
 pub(crate) use tune::kernel_times;

@@ -46,6 +46,11 @@ impl Moment {
         })
     }
 
+    /// All of them.
+    pub(super) fn buffers(&self) -> [&wgpu::Buffer; 5] {
+        [&self.counts, &self.positions, &self.wanted, &self.angles, &self.tables]
+    }
+
     /// Uploads the batch unless it is there already.
     pub(super) fn write(&mut self, gpu: &Gpu, batch: &Batch) -> Result<()> {
         if self.number == Some(batch.number) {

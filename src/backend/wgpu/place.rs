@@ -1,5 +1,6 @@
 //! [`GpuPlace`]: ranks of a stage on one wgpu device.
 
+use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
@@ -9,14 +10,14 @@ use super::cache::Caches;
 use super::dispatch::Dispatch;
 use super::gpu::{Gpu, Owner};
 use super::handover::{Handover, Handovers};
-use super::lower::{Activation, Lowered, Lowerer};
+use super::lower::{Activation, Lowered, Lowerer, Twins};
 use super::moment::Moment;
 use super::opened::Opened;
 use super::room::{self, Bounds};
 use super::timer::Timer;
 use super::tune::Tuner;
 use super::tuning::Tuning;
-use crate::backend::{Assignment, Batch, Flow, Place, PlaceCounts, Room};
+use crate::backend::{Assignment, Batch, Flow, Lane, Place, PlaceCounts, Room};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::pool::Pool;
@@ -65,10 +66,19 @@ impl Signal {
     }
 }
 
+/// What a lane has of its own, beside its [`Twins`].
+struct Course {
+    moment: Moment,
+    /// What a segment reads, on its way to the host.
+    staging: wgpu::Buffer,
+    flight: Option<Flight>,
+}
+
 pub(crate) struct GpuPlace {
     pub(super) gpu: Gpu,
     ranks: Vec<usize>,
-    moment: Moment,
+    lanes: Vec<Course>,
+    twins: Twins,
     segments: Vec<Segment>,
     dispatches: Vec<Dispatch>,
     pub(super) caches: Caches,
@@ -76,13 +86,8 @@ pub(crate) struct GpuPlace {
     pub(super) activations: Vec<Activation>,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
-    /// What a segment reads, on its way to the host.
-    staging: wgpu::Buffer,
     timer: Option<Timer>,
-    /// And on its way to the next stage.
     handovers: Handovers,
-    flight: Option<Flight>,
-    output: Vec<f32>,
     weight_bytes: Vec<u64>,
     counts: PlaceCounts,
 }
@@ -130,8 +135,9 @@ impl GpuPlace {
 
         let gpu = opened.open(device, adapter, bounds.binding, owner)?;
         let split = room::split(bounds, &assignment, tuner.base().span);
-        let moment = Moment::new(&gpu, bounds, room, assignment.config.head_dim, split)?;
-        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moment, split, tuner, pool)?;
+        let moment = |_| Moment::new(&gpu, bounds, room, assignment.config.head_dim, split);
+        let moments = (0..assignment.lanes).map(moment).collect::<Result<Vec<_>>>()?;
+        let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moments, split, tuner, pool)?;
         let mut segments = Vec::new();
         for segment in &assignment.plan.segments {
             let start = lowerer.len();
@@ -145,32 +151,32 @@ impl GpuPlace {
             });
         }
         let lowered = lowerer.finish()?;
-        let Lowered { dispatches, caches, weight_bytes, .. } = lowered;
+        let Lowered { dispatches, caches, twins, weight_bytes, .. } = lowered;
 
         let most = |stays: bool| {
             let read = segments.iter().filter(|s| s.stays == stays).map(|s| read_bytes(&s.read, room.rows, room.wanted));
             read.max().unwrap_or(0).max(16)
         };
         let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-        let staging = gpu.buffer("what is read back", most(false).next_multiple_of(8) + Timer::BYTES, usage)?;
+        let staging = || gpu.buffer("what is read back", most(false).next_multiple_of(8) + Timer::BYTES, usage);
+        let course = |moment| staging().map(|staging| Course { moment, staging, flight: None });
+        let lanes = moments.into_iter().map(course).collect::<Result<_>>()?;
         let timer = Timer::new(&gpu)?;
         let handovers = Handovers::new(most(true));
         gpu.flush()?;
         let counts = PlaceCounts { weight_bytes: weight_bytes.iter().sum(), ..PlaceCounts::default() };
         Ok(Self {
             ranks: assignment.ranks,
-            moment,
+            lanes,
+            twins,
             segments,
             dispatches,
             caches,
             #[cfg(test)]
             activations: lowered.activations,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
-            staging,
             timer,
             handovers,
-            flight: None,
-            output: Vec::new(),
             weight_bytes,
             counts,
             gpu,
@@ -184,41 +190,42 @@ impl GpuPlace {
     }
 
     /// Writes `[rows, width]` to an activation, whose rows are padded.
-    fn write(&mut self, to: &Activation, rows: usize, input: &[f32]) -> Result<()> {
+    fn write(&mut self, lane: Lane, to: &Activation, rows: usize, input: &[f32]) -> Result<()> {
         if input.len() != rows * to.part.width {
             let problem = format!("an input of {} values was given for {rows} rows of {}", input.len(), to.part.width);
             return Err(self.gpu.owner.error(problem));
         }
+        let buffer = self.twins.in_lane(lane, &to.buffer);
         if to.stride() == to.part.width {
-            self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(input));
+            self.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(input));
         } else if to.part.width > 0 {
             let mut padded = vec![0.0; rows * to.stride()];
             for (to, from) in padded.chunks_exact_mut(to.stride()).zip(input.chunks_exact(to.part.width)) {
                 to[..from.len()].copy_from_slice(from);
             }
-            self.gpu.queue.write_buffer(&to.buffer, 0, bytemuck::cast_slice(&padded));
+            self.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(&padded));
         }
         self.counts.bytes_written += size_of_val(input) as u64;
         Ok(())
     }
 
     /// Copies what a stage on this device passed on to an activation, whose rows are padded alike.
-    fn receive(&self, encoder: &mut wgpu::CommandEncoder, to: &Activation, rows: usize, input: &Handover) -> Result<()> {
-        if input.device != self.gpu.device {
+    fn receive(&self, lane: Lane, encoder: &mut wgpu::CommandEncoder, to: &Activation, rows: usize, input: &dyn Any) -> Result<()> {
+        let Some(input) = input.downcast_ref::<Handover>().filter(|input| input.device == self.gpu.device) else {
             return Err(self.gpu.owner.error("rows were passed to it that lie on another device"));
-        }
+        };
         let bytes = 4 * (rows * to.stride()) as u64;
         if input.bytes != bytes {
             let problem = format!("{} bytes were passed to it for {rows} rows of {}, which take {bytes}", input.bytes, to.part.width);
             return Err(self.gpu.owner.error(problem));
         }
-        encoder.copy_buffer_to_buffer(&input.buffer, 0, &to.buffer, 0, bytes);
+        encoder.copy_buffer_to_buffer(&input.buffer, 0, self.twins.in_lane(lane, &to.buffer), 0, bytes);
         Ok(())
     }
 
     /// The launch that is done.
-    fn landed(&mut self) -> Result<Flight> {
-        let landed = self.flight.take_if(|flight| flight.signal.get() == Signal::DONE);
+    fn landed(&mut self, lane: Lane) -> Result<Flight> {
+        let landed = self.lanes[lane].flight.take_if(|flight| flight.signal.get() == Signal::DONE);
         landed.ok_or_else(|| self.gpu.owner.error("an output was asked for before there was one"))
     }
 }
@@ -236,17 +243,18 @@ impl Place for GpuPlace {
         true
     }
 
-    fn launch(&mut self, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
+    fn launch(&mut self, lane: Lane, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.gpu.check()?;
-        if self.flight.take().is_some_and(|flight| flight.bytes > 0) {
-            self.staging.unmap();
+        let course = &mut self.lanes[lane];
+        if course.flight.take().is_some_and(|flight| flight.bytes > 0) {
+            course.staging.unmap();
         }
-        self.moment.write(&self.gpu, batch)?;
+        course.moment.write(&self.gpu, batch)?;
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if let Some(to) = self.segments[segment.0].write.clone() {
             match input {
-                Flow::Host(input) => self.write(&to, to.rows.of(batch), input)?,
-                Flow::Device(input) => self.receive(&mut encoder, &to, to.rows.of(batch), input)?,
+                Flow::Host(input) => self.write(lane, &to, to.rows.of(batch), input)?,
+                Flow::Device(input) => self.receive(lane, &mut encoder, &to, to.rows.of(batch), &**input)?,
             }
         }
         let lowered = &self.segments[segment.0];
@@ -257,7 +265,7 @@ impl Place for GpuPlace {
         let timestamp_writes = timer.map(Timer::writes);
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
         for dispatch in &self.dispatches[lowered.dispatches.clone()] {
-            if dispatch.encode(&mut pass, batch, self.dimension) {
+            if dispatch.encode(&mut pass, lane, batch, self.dimension) {
                 self.counts.dispatches += 1;
             }
         }
@@ -266,38 +274,39 @@ impl Place for GpuPlace {
         let rows = lowered.read.first().map_or(0, |part| part.rows.of(batch));
         let all = lowered.read.iter().map(|part| 4 * (rows * part.stride()) as u64).sum();
         let handover = if lowered.stays { Some(self.handovers.take(&self.gpu, all)?) } else { None };
-        let to = handover.as_ref().map_or(&self.staging, |handover| &handover.buffer);
+        let staging = &self.lanes[lane].staging;
+        let to = handover.as_ref().map_or(staging, |handover| &handover.buffer);
         let mut at = 0;
         for part in &lowered.read {
             let size = 4 * (rows * part.stride()) as u64;
             if size > 0 {
-                encoder.copy_buffer_to_buffer(&part.buffer, 0, to, at, size);
+                encoder.copy_buffer_to_buffer(self.twins.in_lane(lane, &part.buffer), 0, to, at, size);
                 at += size;
             }
         }
         let mut bytes = if lowered.stays { 0 } else { all };
         let timer = timer.filter(|_| bytes > 0);
         if let Some(timer) = timer {
-            timer.copy(&mut encoder, &self.staging, bytes);
+            timer.copy(&mut encoder, staging, bytes);
             bytes += Timer::BYTES;
         }
         let timed = timer.is_some();
         let signal = Arc::new(Signal::default());
         let done = Arc::clone(&signal);
         if bytes > 0 {
-            encoder.map_buffer_on_submit(&self.staging, wgpu::MapMode::Read, 0..bytes, move |mapped| done.set(mapped.is_ok()));
+            encoder.map_buffer_on_submit(staging, wgpu::MapMode::Read, 0..bytes, move |mapped| done.set(mapped.is_ok()));
         } else {
             encoder.on_submitted_work_done(move || done.set(true));
         }
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
         self.counts.ops += lowered.ops;
-        self.flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, timed, handover });
+        self.lanes[lane].flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, timed, handover });
         self.gpu.check()
     }
 
-    fn poll(&mut self, within: Duration) -> Result<Poll<()>> {
-        let Some(flight) = &self.flight else { return Ok(Poll::Ready(())) };
+    fn poll(&mut self, lane: Lane, within: Duration) -> Result<Poll<()>> {
+        let Some(flight) = &self.lanes[lane].flight else { return Ok(Poll::Ready(())) };
         if !self.gpu.wait(&flight.index, within, || flight.signal.get() != 0)? {
             return Ok(Poll::Pending);
         }
@@ -307,11 +316,11 @@ impl Place for GpuPlace {
         }
     }
 
-    fn output(&mut self) -> Result<&[f32]> {
-        self.output.clear();
-        let flight = self.landed()?;
+    fn output(&mut self, lane: Lane, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+        let flight = self.landed(lane)?;
         if flight.bytes > 0 {
-            let view = self.staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
+            let staging = &self.lanes[lane].staging;
+            let view = staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
             let (read, timestamps) = view.split_at(view.len() - if flight.timed { Timer::BYTES as usize } else { 0 });
             if let Some(timer) = self.timer.as_ref().filter(|_| flight.timed) {
                 self.counts.device_nanoseconds += timer.nanoseconds(timestamps);
@@ -320,22 +329,25 @@ impl Place for GpuPlace {
             for part in &self.segments[flight.segment].read {
                 let rows;
                 (rows, values) = values.split_at(flight.rows * part.stride());
-                for row in rows.chunks_exact(part.stride().max(1)) {
-                    self.output.extend_from_slice(&row[part.part.lead..][..part.part.width]);
+                let width = part.part.width;
+                self.counts.bytes_read += 4 * (flight.rows * width) as u64;
+                if width == part.stride() {
+                    take(rows);
+                } else if width > 0 {
+                    rows.chunks_exact(part.stride()).for_each(|row| take(&row[part.part.lead..][..width]));
                 }
             }
             drop(view);
-            self.staging.unmap();
+            staging.unmap();
         }
-        self.counts.bytes_read += size_of_val(&self.output[..]) as u64;
-        Ok(&self.output)
+        Ok(())
     }
 
-    fn pass(&mut self) -> Result<Flow> {
-        match self.flight.as_mut().and_then(|flight| flight.handover.take()) {
-            Some(handover) => self.landed().map(|_| Flow::Device(handover)),
-            None => self.output().map(|rows| Flow::Host(rows.to_vec())),
+    fn pass(&mut self, lane: Lane) -> Result<Flow> {
+        if let Some(handover) = self.lanes[lane].flight.as_mut().and_then(|flight| flight.handover.take()) {
+            return self.landed(lane).map(|_| Flow::Device(Box::new(handover)));
         }
+        self.collect(lane).map(Flow::Host)
     }
 
     fn counts(&self) -> PlaceCounts {

@@ -95,8 +95,11 @@ fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
         parts(assignment, Buf(i)).into_iter().map(|part| 4 * (rows * part.stride()) as u64).sum::<u64>()
     };
     let all = (0..assignment.plan.bufs.len()).map(bytes);
+    // Every lane has its own of what is carried, and of what is read.
+    let carried: u64 = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].carried).map(bytes).sum();
+    let lanes = assignment.lanes as u64;
     let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
-    all.clone().sum::<u64>() + all.max().unwrap_or(0) + spans
+    all.clone().sum::<u64>() + (lanes - 1) * carried + lanes * all.max().unwrap_or(0) + spans
 }
 
 /// What of `want` fits.

@@ -43,11 +43,11 @@ fn a_device_lost_in_flight_is_an_error_and_no_wait_without_end() {
     for device in gpus() {
         let model = model(64, 64);
         let mut place = model.on(&device, ROOM).unwrap();
-        place.launch(SegmentId(0), &model.rows(1, 70), &Flow::Host(vec![1.0; 70 * 64])).unwrap();
+        place.launch(0, SegmentId(0), &model.rows(1, 70), &Flow::Host(vec![1.0; 70 * 64])).unwrap();
         place.destroy();
-        let outcome = (0..100).find_map(|_| match place.poll(std::time::Duration::from_millis(50)) {
+        let outcome = (0..100).find_map(|_| match place.poll(0, std::time::Duration::from_millis(50)) {
             Ok(std::task::Poll::Pending) => None,
-            Ok(std::task::Poll::Ready(())) => Some(place.output().map(<[f32]>::len)),
+            Ok(std::task::Poll::Ready(())) => Some(place.collect(0).map(|output| output.len())),
             Err(e) => Some(Err(e)),
         });
         assert!(matches!(outcome, Some(Err(Error::DeviceLost { .. }))), "{device}: {outcome:?}");
@@ -138,9 +138,9 @@ fn a_launch_whose_output_nobody_took_is_replaced_by_the_next() {
         let model = model(8, 8);
         let mut place = model.on(&device, ROOM).unwrap();
         let expected = run(&mut place, &model.rows(1, 2), &[0.5; 16]);
-        place.launch(SegmentId(0), &model.rows(2, 2), &Flow::Host(vec![9.0; 16])).unwrap();
+        place.launch(0, SegmentId(0), &model.rows(2, 2), &Flow::Host(vec![9.0; 16])).unwrap();
         assert_eq!(run(&mut place, &model.rows(3, 2), &[0.5; 16]), expected, "{device}");
-        let error = place.output().unwrap_err().to_string();
+        let error = place.collect(0).unwrap_err().to_string();
         assert!(error.contains("an output was asked for before there was one"), "{device}: {error}");
     }
 }

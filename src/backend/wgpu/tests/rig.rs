@@ -178,6 +178,7 @@ impl Model {
             stays: false,
             tune: false,
             spare: None,
+            lanes: 1,
             ranks: (0..self.partition.ranks.len()).collect(),
             plan: &self.plan,
             config: &self.config,
@@ -274,10 +275,10 @@ pub(super) fn download<T: bytemuck::Pod>(gpu: &Gpu, buffer: &wgpu::Buffer) -> Ve
 }
 
 pub(super) fn try_run(place: &mut dyn Place, batch: &Batch, input: &[f32]) -> Result<Vec<f32>> {
-    place.launch(SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
+    place.launch(0, SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
     for _ in 0..60 {
-        if let Poll::Ready(()) = place.poll(Duration::from_secs(1))? {
-            return place.output().map(<[f32]>::to_vec);
+        if let Poll::Ready(()) = place.poll(0, Duration::from_secs(1))? {
+            return place.collect(0);
         }
     }
     panic!("a launch did not end within a minute");

@@ -49,20 +49,20 @@ fn stages(device: &Device) -> [GpuPlace; 2] {
 
 /// What the first stage passes on, for `rows` rows of these numbers. Waits no longer than `within` at a time.
 fn passed(place: &mut dyn Place, batch: &Batch, input: &[f32], within: Duration) -> Result<Flow> {
-    place.launch(SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
+    place.launch(0, SegmentId(0), batch, &Flow::Host(input.to_vec()))?;
     finish(place, within)?;
-    place.pass()
+    place.pass(0)
 }
 
 fn finish(place: &mut dyn Place, within: Duration) -> Result<()> {
-    while place.poll(within)? == Poll::Pending {}
+    while place.poll(0, within)? == Poll::Pending {}
     Ok(())
 }
 
 fn received(place: &mut dyn Place, batch: &Batch, input: &Flow, within: Duration) -> Result<Vec<f32>> {
-    place.launch(SegmentId(0), batch, input)?;
+    place.launch(0, SegmentId(0), batch, input)?;
     finish(place, within)?;
-    place.output().map(<[f32]>::to_vec)
+    place.collect(0)
 }
 
 /// The same through the host.
@@ -101,7 +101,7 @@ fn what_stays_on_the_device_gives_the_same_bits_and_crosses_nothing() {
             }
         }
         assert_eq!((first.counts().bytes_read, second.counts().bytes_written), (0, 0), "{device}");
-        let error = first.output().unwrap_err().to_string();
+        let error = first.collect(0).unwrap_err().to_string();
         assert!(error.contains("before there was one"), "{error}");
     }
 }
@@ -138,13 +138,13 @@ fn rows_of_another_device_are_refused() {
         let flow = passed(&mut first, &batch, &x, SECOND).unwrap();
         let on_cpu: &mut dyn Place = &mut super::stages::second().on_cpu();
         for (place, problem) in [(&mut second as &mut dyn Place, "lie on another device"), (on_cpu, "lie on a GPU")] {
-            let error = place.launch(SegmentId(0), &batch, &flow).unwrap_err();
+            let error = place.launch(0, SegmentId(0), &batch, &flow).unwrap_err();
             assert!(matches!(&error, Error::Device { problem: found, .. } if found.contains(problem)), "{device}: {error}");
         }
         let larger = super::stages::first().rows(2, batch.rows.len() + 1);
         let [mut first, mut second] = stages(&device);
         let flow = passed(&mut first, &batch, &x, SECOND).unwrap();
-        let error = second.launch(SegmentId(0), &larger, &flow).unwrap_err().to_string();
+        let error = second.launch(0, SegmentId(0), &larger, &flow).unwrap_err().to_string();
         assert!(error.contains("128 bytes were passed to it for 2 rows of 9, which take 256"), "{device}: {error}");
     }
 }
