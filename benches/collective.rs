@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use common::{Spec, write_checkpoint};
 use serde::{Deserialize, Serialize};
-use torchless::{Device, InferenceState, ParallelConfig, Parameters, TensorParallelMistral, devices};
+use torchless::{
+    AllReduceTime, Device, InferenceState, ParallelConfig, Parameters, TensorParallelMistral, Wire, all_reduce_times, devices,
+};
 
 /// Values of a sum: 16 KiB, the hidden size of Mistral-7B.
 const HIDDEN: usize = 4096;
@@ -23,6 +25,8 @@ const ALL_REDUCES: usize = 2 * LAYERS;
 const TOKENS: usize = 5;
 const MOST_ROUNDS: usize = 300;
 const TIME: Duration = Duration::from_secs(60);
+/// Rounds of all-reduces by themselves.
+const ALONE_ROUNDS: usize = 60;
 
 /// A model on some devices, each rank a place of its own.
 struct Grid {
@@ -129,19 +133,21 @@ impl Parts {
         parts
     }
 
-    /// Adds a token. Its events come in the order of their ends: launches and work, reads, and a sum, which every rank has alike.
+    /// Adds a token. Its events come in the order of their ends: a step's launches, then of rank after rank its work, its read and its addition.
     fn add(&mut self, events: &[Event]) {
         let [mut launch, mut work, mut read, mut sum] = [0.0; 4];
         let mut step_start = events[0].ts;
-        let mut steps = events.chunk_by(|a, b| a.cat != "reduce" || b.cat == "reduce");
+        // The next step begins with a launch, on the CPU with its computing.
+        let mut steps = events.chunk_by(|a, b| a.cat != "reduce" || !["write", "compute"].contains(&&*b.cat) || b.ts < a.ts);
         for step in steps.by_ref().take(ALL_REDUCES) {
             let total = |cat: &str| step.iter().filter(|e| e.cat == cat).map(|e| e.dur).sum::<f64>();
-            let first = |cat: &str| step.iter().find(|e| e.cat == cat).unwrap_or_else(|| panic!("a step without {cat}"));
-            launch += total("write");
-            work += first("read").ts - step_start - total("write");
-            read += total("read");
-            sum += first("reduce").dur;
-            step_start = first("reduce").ts + first("reduce").dur;
+            let end = step.iter().map(|e| e.ts + e.dur).fold(step_start, f64::max);
+            let [launched, taken, added] = ["write", "read", "reduce"].map(total);
+            launch += launched;
+            read += taken;
+            sum += added;
+            work += end - step_start - launched - taken - added;
+            step_start = end;
         }
         assert_eq!(steps.count(), 1, "the gather of the logits ends a token");
         let whole = step_start - events[0].ts;
@@ -233,6 +239,30 @@ fn measure(all: &[Device], most_rounds: usize) -> (usize, Vec<Row>) {
     (rounds, grids.iter().map(row).collect())
 }
 
+/// Values of one row, and of a prompt's.
+const SIZES: [(usize, usize, Wire); 4] = [(4096, 1, Wire::F32), (1024, 1, Wire::F32), (4096, 64, Wire::F32), (4096, 64, Wire::F16)];
+
+/// All-reduces by themselves, against the same dispatches and read-backs without the sum and the writes.
+fn print_alone(all: &[Device], rounds: usize) {
+    let heads = SIZES.map(|(values, rows, wire)| format!("{rows} x {values} {}", wire.name())).join(" | ");
+    println!("\n| ranks | {heads} | read and added, of the first |\n|---|---|---|---|---|---|");
+    for list in lists(all).into_iter().filter(|list| list.len() > 1) {
+        let mut host = 0.0;
+        let cells = SIZES.iter().enumerate().map(|(i, &(values, rows, wire))| {
+            let times = all_reduce_times(&list, values, rows, wire, rounds).unwrap_or_else(|e| panic!("{e}"));
+            let of = |part: fn(&AllReduceTime) -> f64| Quantiles::of(times.iter().map(part));
+            let (whole, ratio) = (of(|t| t.whole).median, of(|t| t.whole / t.bare));
+            if i == 0 {
+                host = of(|t| t.host).median / whole;
+            }
+            format!("{:.0}: {:.2} ({:.2}..{:.2})", 1e6 * whole, ratio.median, ratio.p10, ratio.p90)
+        });
+        let cells = cells.collect::<Vec<_>>().join(" | ");
+        let labels: Vec<String> = list.iter().map(Device::label).collect();
+        println!("| {} | {cells} | {:.1} % |", labels.join(", "), 100.0 * host);
+    }
+}
+
 fn print_table(rows: &[Row]) {
     println!("| devices | launch | work | read | sum | step (p10..p90) | one place (p10..p90) | over it (p10..p90) | token (p10..p90) |");
     println!("|---|---|---|---|---|---|---|---|---|");
@@ -276,5 +306,6 @@ fn main() {
         described.iter().for_each(|d| println!("- {d}"));
         println!("\n{rounds} rounds of {} tokens, {:.0} s in all; microseconds:\n", TOKENS - 1, start.elapsed().as_secs_f64());
         print_table(&rows);
+        print_alone(&all, if given("--bench") { ALONE_ROUNDS } else { 1 });
     }
 }

@@ -61,11 +61,13 @@ pub use kernels::parallel::{
     matmul_vec_adaptive_into, matmul_vec_adaptive_with_stats, mlp_tensor_parallel, row_parallel_linear,
 };
 pub use kernels::quant::QuantFormat;
+pub use kernels::wire::Wire;
 pub use model::layout::{DeviceMemory, PlanSummary, RankInfo, plan_summary};
 pub use model::parallel::{ParallelMistral, PipelineParallel, PipelineParallelMistral, TensorParallel, TensorParallelMistral};
 pub use model::parallel_config::ParallelConfig;
 pub use model::pipeline::{PipelineConfig, PipelineState};
 pub use model::planner::{Choice, Prediction, choose, predict};
+pub use model::round_trip::{AllReduceTime, all_reduce_times};
 pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};
 pub use partition::{Partition, RankPartition, StagePartition, TensorParallelConfig, TensorParallelStrategy};

@@ -8,7 +8,7 @@ use common::{Spec, at_least, fixture, gpus, reference::Reference, write_checkpoi
 use futures::executor::block_on_stream;
 use torchless::{
     Completion, Device, GenerateOptions, InferenceState, KvType, ParallelConfig, Parameters, PipelineConfig, PipelineParallelMistral,
-    SamplerOptions, Scheduler, SchedulerConfig, TensorParallelMistral,
+    SamplerOptions, Scheduler, SchedulerConfig, TensorParallelMistral, Wire,
 };
 
 const TOLERANCE: f32 = 1e-3;
@@ -326,7 +326,17 @@ fn a_prompt_in_halves_that_overlap_gives_the_logits_of_one_that_is_computed_whol
     let Some(gpu) = gpu else { return };
     let other = gpus().into_iter().nth(1).unwrap_or_else(|| gpu.clone());
     let dir = tempfile::tempdir().unwrap();
-    let spec = Spec { hidden: 48, intermediate: 90, layers: 3, heads: 6, kv_heads: 3, head_dim: 8, vocab: 97, max_positions: 2048, ..Spec::default() };
+    let spec = Spec {
+        hidden: 48,
+        intermediate: 90,
+        layers: 3,
+        heads: 6,
+        kv_heads: 3,
+        head_dim: 8,
+        vocab: 97,
+        max_positions: 2048,
+        ..Spec::default()
+    };
     for sliding_window in [None, Some(100)] {
         write_checkpoint(dir.path(), &Spec { sliding_window, ..spec.clone() });
         let params = Parameters::load(dir.path()).unwrap();
@@ -357,6 +367,29 @@ fn a_prompt_in_halves_that_overlap_gives_the_logits_of_one_that_is_computed_whol
             assert!(gap <= TOLERANCE, "{devices:?}, window {sliding_window:?}: {gap:e}");
             if stages == 1 {
                 assert_eq!(launched, batches * segments, "{devices:?}: batches of 256 rows at most");
+            }
+        }
+    }
+}
+
+/// Each sum is off by a few units of its rounding (`Wire` says how many, and the backend's tests hold it to that), and what comes out of
+/// all of them by not much more.
+#[test]
+fn sums_that_travel_in_two_bytes_move_logits_by_a_few_units_of_their_rounding() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    for name in fixture::ALL {
+        for (wire, unit) in [(Wire::F16, 2f32.powi(-11)), (Wire::Bf16, 2f32.powi(-9))] {
+            let list = vec![gpu.clone().isolated(), gpu.clone().isolated()];
+            let model = TensorParallelMistral::load_grid(fixture::load(name), ParallelConfig::default().wire(wire), list).unwrap();
+            for case in fixture::cases(name) {
+                let logits = model.prefill_logits(&mut InferenceState::new(model.config()), &case.ids).unwrap();
+                let square = |v: f32| f64::from(v * v);
+                let off: f64 = logits.iter().zip(&case.logits).map(|(got, want)| square(got - want)).sum();
+                let error = (off / case.logits.iter().copied().map(square).sum::<f64>()).sqrt() as f32;
+                eprintln!("{name} {} with sums in {wire:?}: {:.2} units", case.name, error / unit);
+                // Batches of up to 8 rows travel in f32.
+                assert!(case.ids.len() <= 8 || error > 0.01 * unit, "{name} {} {wire:?}: nothing was rounded", case.name);
+                assert!(error <= 8.0 * unit, "{name} {} {wire:?}: {:.2} units", case.name, error / unit);
             }
         }
     }

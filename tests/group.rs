@@ -100,7 +100,9 @@ fn members_of_whatever_devices_overlap_their_halves_in_the_same_order() {
                 scope.spawn(move || {
                     let mut config = ParallelConfig::tensor_parallel(2, member.rank);
                     config.overlap = overlap;
-                    let model = TensorParallelMistral::load_with_device(fixture::load("gqa-headdim"), config, member.clone(), device(member.rank)).unwrap();
+                    let model =
+                        TensorParallelMistral::load_with_device(fixture::load("gqa-headdim"), config, member.clone(), device(member.rank))
+                            .unwrap();
                     let gap = fixture::gap(&run(&model), want);
                     assert!(gap <= 1e-3, "overlap {overlap}: {gap:e}");
                 });

@@ -16,6 +16,7 @@ use crate::error::Result;
 pub(crate) use crate::kernels::Numerics;
 use crate::kernels::matrix::Matrix;
 use crate::kernels::quant::{self, Packed, QuantFormat};
+pub(crate) use crate::kernels::wire::Wire;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
@@ -80,6 +81,8 @@ pub(crate) struct Batch {
     pub rope: Vec<f32>,
     pub kv: KvType,
     pub numerics: Numerics,
+    /// How what ranks sum travels.
+    pub wire: Wire,
     /// Whether devices that can measure their own time do so.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
     pub timed: bool,
@@ -209,6 +212,9 @@ pub(crate) struct Assignment<'a> {
     pub spare: Option<u64>,
     /// Batches that are on their way in it at once.
     pub lanes: usize,
+    /// How what ranks sum travels, in batches of many rows.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's rows never travel
+    pub wire: Wire,
     /// Whether kernels are chosen by measuring them on the device.
     #[cfg_attr(not(feature = "gpu"), expect(dead_code))] // the CPU's need none
     pub tune: bool,

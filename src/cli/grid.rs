@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, choose};
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, Wire, choose};
 
 use super::Outcome;
 
@@ -54,6 +54,10 @@ pub struct GridArgs {
     #[arg(long)]
     pub no_overlap: bool,
 
+    /// How a prompt's rows travel between GPUs and the host that sums them: f32, f16 or bf16
+    #[arg(long, value_name = "TYPE", default_value = "f32", value_parser = wire)]
+    pub wire: Wire,
+
     /// Print one JSON document
     #[arg(long)]
     pub json: bool,
@@ -69,6 +73,10 @@ fn weights(name: &str) -> Result<Weights, String> {
     }
     let names = QuantFormat::ALL.map(QuantFormat::name).join(", ");
     QuantFormat::from_name(name).map(|format| Weights(Some(format))).ok_or_else(|| format!("the formats are stored, {names}"))
+}
+
+fn wire(name: &str) -> Result<Wire, String> {
+    Wire::from_name(name).ok_or_else(|| format!("the types are {}", Wire::ALL.map(Wire::name).join(", ")))
 }
 
 impl GridArgs {
@@ -90,6 +98,7 @@ impl GridArgs {
         config.cache_weights = self.cache_weights;
         config.tune = !self.no_tune;
         config.overlap = !self.no_overlap;
+        config.wire = self.wire;
         config
     }
 

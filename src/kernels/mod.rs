@@ -14,6 +14,7 @@ pub(crate) mod product;
 pub(crate) mod quant;
 #[cfg(test)]
 pub(crate) mod samples;
+pub(crate) mod wire;
 
 use linear::Isa;
 

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::Ordering;
 
-use crate::backend::{Batch, Numerics, Row};
+use crate::backend::{Batch, Numerics, Row, Wire};
 use crate::error::{Error, Result};
 use crate::model::engine::Pending;
 use crate::model::grid::Grid;
@@ -13,6 +13,9 @@ use crate::model::state::InferenceState;
 
 /// Rows of a micro-batch at least, where there are so many: fewer don't fill a tile of the kernels.
 const LEAST_ROWS: usize = 4;
+
+/// Batches of more rows travel between ranks as [`ParallelConfig::wire`](crate::ParallelConfig::wire) says; what others gain is lost to the conversion.
+const FEW_ROWS: usize = 8;
 
 /// Rows of each of two batches that overlap, at least: reading the weights for both has to be cheap beside what they compute.
 const LEAST_OVERLAP: usize = 64;
@@ -220,7 +223,8 @@ impl Grid {
         let number = self.batches.fetch_add(1, Ordering::Relaxed) + 1;
         let kv = sequences[parts[0].sequence].state.kv;
         let (numerics, timed) = (how.numerics, self.timed.load(Ordering::Relaxed));
-        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv, numerics, timed };
+        let wire = if rows.len() > FEW_ROWS { self.wire } else { Wire::F32 };
+        let batch = Batch { number, rope: self.rope.angles(&rows), rows, seqs, wanted, copies, kv, numerics, wire, timed };
         (batch, self.embed(&tokens))
     }
 

@@ -31,6 +31,11 @@ pub(crate) struct Trip {
 }
 
 impl Trip {
+    /// One that nobody waits for.
+    pub(crate) fn unanswered(load: Load) -> Self {
+        Self { loads: vec![load], debug: false, answer: mpsc::sync_channel(1).0 }
+    }
+
     /// Gives the logits to whoever waits.
     fn arrive(self) {
         let mut flows = self.loads.into_iter().map(|load| match load.flow {
@@ -135,8 +140,8 @@ impl Driver {
 
     /// Sends batches, one for each of the first lanes, with their embedded rows, `[rows, hidden]`. Blocks while the first stage has enough to do.
     pub(crate) fn send(&self, batches: Vec<(Batch, Vec<f32>)>, debug: bool) -> Result<Pending> {
-        let (answer, pending) = mpsc::sync_channel(1);
         let loads = batches.into_iter().map(|(batch, embedded)| Load { batch, flow: Ok(Flow::Host(embedded)) }).collect();
+        let (answer, pending) = mpsc::sync_channel(1);
         self.visit(Visitor::Trip(Box::new(Trip { loads, debug, answer })))?;
         Ok(Pending(Some(pending)))
     }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Instant;
 
 use crate::backend::cpu::Threads;
-use crate::backend::{self, Assignment, BLOCK, KvType, Opened, Packing, Room};
+use crate::backend::{self, Assignment, BLOCK, KvType, Opened, Packing, Room, Wire};
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
@@ -49,6 +49,8 @@ pub(crate) struct Grid {
     /// Trips of a call that are on their way at once, at most, and the batches in each.
     pub(super) in_flight: usize,
     pub(super) lanes: usize,
+    /// How sums of many rows travel between ranks.
+    pub(super) wire: Wire,
     /// Processes that the ranks are in.
     pub(crate) members: usize,
     pub(super) driver: Driver,
@@ -115,6 +117,7 @@ impl Grid {
             micro_batches,
             in_flight,
             lanes: layouts[0].lanes,
+            wire: config.wire,
             members: collective.size(),
             params,
             room,
@@ -250,13 +253,13 @@ fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
     )
 }
 
-/// All members of a group must have the same checkpoint, partition, format and room and overlap alike, or their sums mean nothing. All see all, so that where
+/// All members of a group must have the same checkpoint, partition, format, room, wire and overlap, or their sums mean nothing. All see all, so that where
 /// one differs none goes on to wait for it.
 fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, config: &ParallelConfig, room: Room) -> Result<()> {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     params.fingerprint().hash(&mut hasher);
-    format!("{partition:?} {:?} {} {room:?}", config.weights, config.overlap).hash(&mut hasher);
+    format!("{partition:?} {:?} {:?} {} {room:?}", config.weights, config.wire, config.overlap).hash(&mut hasher);
     // 16 bits are exact in an f32.
     let mine: Vec<f32> = hasher.finish().to_le_bytes().chunks(2).map(|b| f32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
     let mut all = vec![0.0; mine.len() * collective.size()];
@@ -266,7 +269,7 @@ fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition
         Some(other) => {
             let rank = collective.rank();
             Err(Error::Collective(format!(
-                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights, whether halves overlap, or the room of their cache"
+                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights, how sums travel, whether halves overlap, or the room of their cache"
             )))
         }
     }

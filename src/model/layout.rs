@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::path::Path;
 
-use crate::backend::{Assignment, BLOCK, Packing, Room};
+use crate::backend::{Assignment, BLOCK, Packing, Room, Wire};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
@@ -102,6 +102,8 @@ pub(super) struct Layout {
     pub stays: bool,
     /// Batches that are on their way in each of its places at once, the same in all stages.
     pub lanes: usize,
+    /// How sums of many rows travel between its places.
+    pub wire: Wire,
 }
 
 /// Lays a model out over devices: `devices` are those of `local` ranks, stage after stage.
@@ -127,7 +129,7 @@ pub(super) fn lay_out(
                 }
             }
             let cut = groups.len() > 1 || group_size > 1;
-            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false, lanes: 1 }
+            Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false, lanes: 1, wire: config.wire }
         })
         .collect();
     // While one batch is summed, places that compute on their own go on with another. Members of a group make the same sums in the same order,
@@ -159,7 +161,20 @@ impl Layout {
             let (plan, config, partition) = (&self.plan, params.config(), &partition.stages[stage]);
             (
                 device,
-                Assignment { stage, stays: self.stays, spare: None, lanes: self.lanes, tune, ranks: ranks.clone(), plan, config, partition, tensor, packing },
+                Assignment {
+                    stage,
+                    stays: self.stays,
+                    spare: None,
+                    lanes: self.lanes,
+                    wire: self.wire,
+                    tune,
+                    ranks: ranks.clone(),
+                    plan,
+                    config,
+                    partition,
+                    tensor,
+                    packing,
+                },
             )
         })
     }

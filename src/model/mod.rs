@@ -11,5 +11,6 @@ pub(crate) mod parallel_config;
 pub(crate) mod pipeline;
 pub(crate) mod planner;
 pub(crate) mod rope;
+pub(crate) mod round_trip;
 pub(crate) mod stage;
 pub(crate) mod state;

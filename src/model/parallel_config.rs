@@ -5,6 +5,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::parallel::WorkDistributionConfig;
 use crate::kernels::quant::{self, QuantFormat};
+use crate::kernels::wire::Wire;
 use crate::partition::{Partition, TensorParallelConfig};
 
 /// More threads than any machine has use for: starting them would take longer than computing.
@@ -59,6 +60,8 @@ pub struct ParallelConfig {
     /// Whether a prompt of 128 rows and more is computed in two halves, so that one computes while the other is summed: where ranks sum through the host
     /// and one of them is a GPU, and in groups of processes, whose members must all have it alike.
     pub overlap: bool,
+    /// How rows of a prompt travel between GPUs and the host that sums them over ranks.
+    pub wire: Wire,
     /// Whether `stages: None` asks for several.
     pipelined: bool,
 }
@@ -78,6 +81,7 @@ impl Default for ParallelConfig {
             cache_weights: false,
             tune: true,
             overlap: true,
+            wire: Wire::F32,
             pipelined: false,
         }
     }
@@ -159,6 +163,13 @@ impl ParallelConfig {
     #[must_use]
     pub fn without_overlap(mut self) -> Self {
         self.overlap = false;
+        self
+    }
+
+    /// Lets the rows of a prompt travel between GPUs and the host in fewer bytes.
+    #[must_use]
+    pub fn wire(mut self, wire: Wire) -> Self {
+        self.wire = wire;
         self
     }
 

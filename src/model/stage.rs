@@ -140,7 +140,8 @@ impl Stage {
         done
     }
 
-    /// The sum of what the places read, place after place, each as soon as it is done, and then rank after rank of the group. It takes the place of what `sum` holds.
+    /// The sum of what the places read, place after place, each as soon as it is done, and then rank after rank of the group,
+    /// rounded for its way back. It takes the place of what `sum` holds.
     fn all_reduce(&mut self, lane: Lane, batch: &Batch, mut sum: Vec<f32>) -> Result<Vec<f32>> {
         sum.clear();
         for place in 0..self.places.len() {
@@ -165,6 +166,7 @@ impl Stage {
             (1..size).for_each(|rank| crate::kernels::add(&mut sum, &all[rank * n..(rank + 1) * n]));
             span(&self.trace, self.index, &self.ranks(), Category::Reduce, start, batch);
         }
+        batch.wire.round(&mut sum);
         Ok(sum)
     }
 
@@ -244,7 +246,7 @@ fn span(trace: &Trace, stage: usize, ranks: &[usize], category: Category, start:
     trace.span(stage, ranks, category, start..Instant::now(), batch.number, batch.rows.len());
 }
 
-fn wait(place: &mut dyn Place, lane: Lane, stage: usize) -> Result<()> {
+pub(super) fn wait(place: &mut dyn Place, lane: Lane, stage: usize) -> Result<()> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
         if place.poll(lane, Duration::from_millis(100))?.is_ready() {

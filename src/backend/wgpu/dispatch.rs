@@ -97,14 +97,14 @@ pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Numerics, Row};
+    use crate::backend::{Numerics, Row, Wire};
 
     #[test]
     fn spans_cover_all_positions_and_are_never_too_many() {
         let batch = |rows: u32, pos: u32| {
             let rows = (0..rows).map(|i| Row { seq: 0, pos: pos + i }).collect();
             let (seqs, wanted, copies, rope) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-            Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast, timed: false }
+            Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast, wire: Wire::F32, timed: false }
         };
         let split = Some(Split { positions: 512, most: 16 });
         for (rows, pos, expected) in

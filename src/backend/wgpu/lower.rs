@@ -10,7 +10,7 @@ use super::tune::{Layer, Tuner};
 use super::weights::{GpuWeight, Source, TILE};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
-use crate::backend::{Assignment, KvType, Lane, Room};
+use crate::backend::{Assignment, KvType, Lane, Room, Wire};
 use crate::error::Result;
 use crate::kernels::pool::Pool;
 use crate::partition::RankPartition;
@@ -49,6 +49,8 @@ pub(super) struct Lowered {
     pub dispatches: Vec<Dispatch>,
     pub caches: Caches,
     pub twins: Twins,
+    /// Where sums lie as they travel.
+    pub wire: wgpu::Buffer,
     /// Of each hosted rank: its logical weights, as they are held.
     pub weight_bytes: Vec<u64>,
     /// All that there are.
@@ -89,6 +91,8 @@ pub(super) struct Lowerer<'a> {
     activations: Vec<Vec<Activation>>,
     room: Room,
     split: Option<Split>,
+    /// Rows of sums in 2 bytes an element, coming or going; empty unless that is how they travel.
+    wire: wgpu::Buffer,
     /// What attention leaves of every span of a batch's rows. All layers and ranks share it, one after the other.
     parts: wgpu::Buffer,
     /// `[layer][rank]`.
@@ -112,6 +116,10 @@ impl<'a> Lowerer<'a> {
     ) -> Result<Self> {
         let bytes = split.map_or(0, |split| 4 * Split::ROWS * split.most as usize * room::part_of_attention(assignment));
         let parts = gpu.buffer("parts of attention", bytes.max(16) as u64, wgpu::BufferUsages::STORAGE)?;
+        let stride = Part { lead: 0, width: assignment.config.hidden_size }.stride();
+        let bytes = if assignment.wire == Wire::F32 { 0 } else { 2 * room.rows * stride };
+        let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+        let wire = gpu.buffer("sums as they travel", bytes.max(16) as u64, usage)?;
         let mut caches = Vec::new();
         for _ in 0..assignment.plan.layers {
             let mut parts = Vec::new();
@@ -133,6 +141,7 @@ impl<'a> Lowerer<'a> {
             activations: vec![Vec::new(); assignment.plan.bufs.len()],
             room,
             split,
+            wire,
             parts,
             caches,
             calls: Vec::new(),
@@ -158,6 +167,22 @@ impl<'a> Lowerer<'a> {
             }
         }
         Ok(parts)
+    }
+
+    /// A dispatch that narrows an activation for its way, or widens it, unless it travels as it is.
+    pub(super) fn travel(&mut self, buf: Buf, leaves: bool) -> Result<bool> {
+        let wire = self.assignment.wire;
+        if wire == Wire::F32 {
+            return Ok(false);
+        }
+        let part = self.part(buf, 0)?;
+        let (kernel, mut buffers) =
+            (if leaves { Kernel::Narrow(wire) } else { Kernel::Widen(wire) }, vec![part.buffer.clone(), self.wire.clone()]);
+        if !leaves {
+            buffers.reverse();
+        }
+        self.call(part.rows, Size::Elements(part.stride() / 4), |_| vec![kernel], Shape::of(&part), buffers)?;
+        Ok(true)
     }
 
     /// Lowers the ops of a segment for all ranks. The dispatches gather up until [`Self::finish`].
@@ -410,6 +435,7 @@ impl<'a> Lowerer<'a> {
             dispatches,
             caches,
             twins: self.twins,
+            wire: self.wire,
             weight_bytes: self.weight_bytes,
             #[cfg(test)]
             activations: self.activations.into_iter().flatten().collect(),

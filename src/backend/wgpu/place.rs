@@ -1,6 +1,7 @@
 //! [`GpuPlace`]: ranks of a stage on one wgpu device.
 
 use std::any::Any;
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::Poll;
@@ -13,11 +14,11 @@ use super::handover::{Handover, Handovers};
 use super::lower::{Activation, Lowered, Lowerer, Twins};
 use super::moment::Moment;
 use super::opened::Opened;
-use super::room::{self, Bounds};
+use super::room::{self, Bounds, Part};
 use super::timer::Timer;
 use super::tune::Tuner;
 use super::tuning::Tuning;
-use crate::backend::{Assignment, Batch, Flow, Lane, Place, PlaceCounts, Room};
+use crate::backend::{Assignment, Batch, Flow, Lane, Place, PlaceCounts, Room, Wire};
 use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::pool::Pool;
@@ -28,6 +29,9 @@ struct Segment {
     /// Of the plan, for each rank.
     ops: u64,
     dispatches: std::ops::Range<usize>,
+    /// Whether the first of them widens what was written, and the last narrows what is read, where sums travel in 2 bytes an element.
+    widens: bool,
+    narrows: bool,
     write: Option<Activation>,
     /// One part where it is shared, else one a rank.
     read: Vec<Activation>,
@@ -42,6 +46,7 @@ struct Flight {
     segment: usize,
     /// Rows of what is read, and its bytes in the staging buffer.
     rows: usize,
+    wire: Wire,
     bytes: u64,
     /// Whether timestamps lie behind what is read.
     timed: bool,
@@ -79,6 +84,7 @@ pub(crate) struct GpuPlace {
     ranks: Vec<usize>,
     lanes: Vec<Course>,
     twins: Twins,
+    wire: wgpu::Buffer,
     segments: Vec<Segment>,
     dispatches: Vec<Dispatch>,
     pub(super) caches: Caches,
@@ -138,20 +144,25 @@ impl GpuPlace {
         let moment = |_| Moment::new(&gpu, bounds, room, assignment.config.head_dim, split);
         let moments = (0..assignment.lanes).map(moment).collect::<Result<Vec<_>>>()?;
         let mut lowerer = Lowerer::new(&gpu, bounds, &assignment, room, &moments, split, tuner, pool)?;
-        let mut segments = Vec::new();
+        let (mut segments, mut is_sum) = (Vec::new(), false);
         for segment in &assignment.plan.segments {
             let start = lowerer.len();
+            let widens = segment.write.filter(|_| is_sum).map_or(Ok(false), |buf| lowerer.travel(buf, false))?;
             lowerer.segment(&assignment.plan.ops[segment.ops.clone()])?;
+            is_sum = segment.exchange == Exchange::AllReduce;
+            let narrows = segment.read.filter(|_| is_sum).map_or(Ok(false), |buf| lowerer.travel(buf, true))?;
             segments.push(Segment {
                 ops: (segment.ops.len() * assignment.ranks.len()) as u64,
                 dispatches: start..lowerer.len(),
+                widens,
+                narrows,
                 write: segment.write.map(|buf| lowerer.parts_of(buf).map(|parts| parts[0].clone())).transpose()?,
                 read: segment.read.map_or(Ok(Vec::new()), |buf| lowerer.parts_of(buf).map(<[_]>::to_vec))?,
                 stays: assignment.stays && segment.exchange == Exchange::Pass,
             });
         }
         let lowered = lowerer.finish()?;
-        let Lowered { dispatches, caches, twins, weight_bytes, .. } = lowered;
+        let Lowered { dispatches, caches, twins, wire, weight_bytes, .. } = lowered;
 
         let most = |stays: bool| {
             let read = segments.iter().filter(|s| s.stays == stays).map(|s| read_bytes(&s.read, room.rows, room.wanted));
@@ -169,6 +180,7 @@ impl GpuPlace {
             ranks: assignment.ranks,
             lanes,
             twins,
+            wire,
             segments,
             dispatches,
             caches,
@@ -189,23 +201,19 @@ impl GpuPlace {
         self.gpu.device.destroy();
     }
 
-    /// Writes `[rows, width]` to an activation, whose rows are padded.
-    fn write(&mut self, lane: Lane, to: &Activation, rows: usize, input: &[f32]) -> Result<()> {
+    /// Writes `[rows, width]` to an activation, whose rows are padded; or to where the segment's first dispatch widens it from, as `wire` has it.
+    fn write(&mut self, lane: Lane, to: &Activation, rows: usize, input: &[f32], wire: Wire) -> Result<()> {
         if input.len() != rows * to.part.width {
             let problem = format!("an input of {} values was given for {rows} rows of {}", input.len(), to.part.width);
             return Err(self.gpu.owner.error(problem));
         }
-        let buffer = self.twins.in_lane(lane, &to.buffer);
-        if to.stride() == to.part.width {
-            self.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(input));
-        } else if to.part.width > 0 {
-            let mut padded = vec![0.0; rows * to.stride()];
-            for (to, from) in padded.chunks_exact_mut(to.stride()).zip(input.chunks_exact(to.part.width)) {
-                to[..from.len()].copy_from_slice(from);
-            }
-            self.gpu.queue.write_buffer(buffer, 0, bytemuck::cast_slice(&padded));
+        let padded = pad(input, to.part.width, to.stride());
+        if wire == Wire::F32 {
+            self.gpu.queue.write_buffer(self.twins.in_lane(lane, &to.buffer), 0, bytemuck::cast_slice(&padded));
+        } else {
+            self.gpu.queue.write_buffer(&self.wire, 0, bytemuck::cast_slice(&wire.narrow(&padded)));
         }
-        self.counts.bytes_written += size_of_val(input) as u64;
+        self.counts.bytes_written += (input.len() * wire.bytes()) as u64;
         Ok(())
     }
 
@@ -253,7 +261,10 @@ impl Place for GpuPlace {
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
         if let Some(to) = self.segments[segment.0].write.clone() {
             match input {
-                Flow::Host(input) => self.write(lane, &to, to.rows.of(batch), input)?,
+                Flow::Host(input) => {
+                    let wire = if self.segments[segment.0].widens { batch.wire } else { Wire::F32 };
+                    self.write(lane, &to, to.rows.of(batch), input, wire)?;
+                }
                 Flow::Device(input) => self.receive(lane, &mut encoder, &to, to.rows.of(batch), &**input)?,
             }
         }
@@ -264,7 +275,9 @@ impl Place for GpuPlace {
         let timer = self.timer.as_ref().filter(|_| batch.timed && !lowered.stays);
         let timestamp_writes = timer.map(Timer::writes);
         let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor { label: None, timestamp_writes });
-        for dispatch in &self.dispatches[lowered.dispatches.clone()] {
+        let (start, end) = (lowered.dispatches.start, lowered.dispatches.end);
+        let skipped = |travels: bool| usize::from(travels && batch.wire == Wire::F32);
+        for dispatch in &self.dispatches[start + skipped(lowered.widens)..end - skipped(lowered.narrows)] {
             if dispatch.encode(&mut pass, lane, batch, self.dimension) {
                 self.counts.dispatches += 1;
             }
@@ -272,16 +285,18 @@ impl Place for GpuPlace {
         drop(pass);
 
         let rows = lowered.read.first().map_or(0, |part| part.rows.of(batch));
-        let all = lowered.read.iter().map(|part| 4 * (rows * part.stride()) as u64).sum();
+        let wire = if lowered.narrows { batch.wire } else { Wire::F32 };
+        let size = |part: &Activation| (wire.bytes() * rows * part.stride()) as u64;
+        let all = lowered.read.iter().map(size).sum();
         let handover = if lowered.stays { Some(self.handovers.take(&self.gpu, all)?) } else { None };
         let staging = &self.lanes[lane].staging;
         let to = handover.as_ref().map_or(staging, |handover| &handover.buffer);
         let mut at = 0;
         for part in &lowered.read {
-            let size = 4 * (rows * part.stride()) as u64;
-            if size > 0 {
-                encoder.copy_buffer_to_buffer(self.twins.in_lane(lane, &part.buffer), 0, to, at, size);
-                at += size;
+            let from = if wire == Wire::F32 { self.twins.in_lane(lane, &part.buffer) } else { &self.wire };
+            if size(part) > 0 {
+                encoder.copy_buffer_to_buffer(from, 0, to, at, size(part));
+                at += size(part);
             }
         }
         let mut bytes = if lowered.stays { 0 } else { all };
@@ -301,7 +316,7 @@ impl Place for GpuPlace {
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
         self.counts.ops += lowered.ops;
-        self.lanes[lane].flight = Some(Flight { index, signal, segment: segment.0, rows, bytes, timed, handover });
+        self.lanes[lane].flight = Some(Flight { index, signal, segment: segment.0, rows, wire, bytes, timed, handover });
         self.gpu.check()
     }
 
@@ -325,16 +340,22 @@ impl Place for GpuPlace {
             if let Some(timer) = self.timer.as_ref().filter(|_| flight.timed) {
                 self.counts.device_nanoseconds += timer.nanoseconds(timestamps);
             }
-            let mut values: &[f32] = bytemuck::cast_slice(read);
+            let mut left = read;
             for part in &self.segments[flight.segment].read {
-                let rows;
-                (rows, values) = values.split_at(flight.rows * part.stride());
-                let width = part.part.width;
-                self.counts.bytes_read += 4 * (flight.rows * width) as u64;
-                if width == part.stride() {
-                    take(rows);
+                let (rows, stride, Part { lead, width }) = (flight.rows, part.stride(), part.part);
+                let bytes;
+                (bytes, left) = left.split_at(flight.wire.bytes() * rows * stride);
+                self.counts.bytes_read += (flight.wire.bytes() * rows * width) as u64;
+                if flight.wire != Wire::F32 {
+                    let mut row = vec![0.0; stride];
+                    for bits in bytemuck::cast_slice(bytes).chunks_exact(stride) {
+                        flight.wire.widen(bits, &mut row);
+                        take(&row[lead..][..width]);
+                    }
+                } else if width == stride {
+                    take(bytemuck::cast_slice(bytes));
                 } else if width > 0 {
-                    rows.chunks_exact(part.stride()).for_each(|row| take(&row[part.part.lead..][..width]));
+                    bytemuck::cast_slice::<_, f32>(bytes).chunks_exact(stride).for_each(|row| take(&row[lead..][..width]));
                 }
             }
             drop(view);
@@ -357,6 +378,16 @@ impl Place for GpuPlace {
     fn weight_bytes(&self) -> Vec<u64> {
         self.weight_bytes.clone()
     }
+}
+
+/// Rows of `width` elements in rows of `stride`, with zeros behind them.
+fn pad(rows: &[f32], width: usize, stride: usize) -> Cow<'_, [f32]> {
+    if width == stride || width == 0 {
+        return Cow::Borrowed(rows);
+    }
+    let mut padded = vec![0.0; rows.len() / width * stride];
+    padded.chunks_exact_mut(stride).zip(rows.chunks_exact(width)).for_each(|(to, from)| to[..width].copy_from_slice(from));
+    Cow::Owned(padded)
 }
 
 fn owner(device: &Device, assignment: &Assignment<'_>) -> Owner {

@@ -3,7 +3,7 @@
 use super::adapters::Adapter;
 use super::dispatch::Split;
 use super::gpu::Owner;
-use crate::backend::{Assignment, BLOCK, Room};
+use crate::backend::{Assignment, BLOCK, Room, Wire};
 use crate::device::Device;
 use crate::error::Result;
 use crate::partition::Dim;
@@ -99,7 +99,8 @@ fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
     let carried: u64 = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].carried).map(bytes).sum();
     let lanes = assignment.lanes as u64;
     let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
-    all.clone().sum::<u64>() + (lanes - 1) * carried + lanes * all.max().unwrap_or(0) + spans
+    let wire = if assignment.wire == Wire::F32 { 0 } else { carried / 2 };
+    all.clone().sum::<u64>() + (lanes - 1) * carried + lanes * all.max().unwrap_or(0) + spans + wire
 }
 
 /// What of `want` fits.

@@ -1,7 +1,7 @@
 //! The kernels: which WGSL files make a module, what they bind, and the pipelines of one device.
 //!
 //! Module-scope order is free in WGSL, so concatenation is the linker: a module is the prelude, the kernel, and the fragments
-//! that it calls (`block4`, `finish`, `group_sum`, `kv_pair`).
+//! that it calls (`block4`, `finish`, `group_sum`, `kv_pair`, `narrow4`).
 
 mod unroll;
 
@@ -10,7 +10,7 @@ use std::num::NonZero;
 
 use super::tuning::{Few, Reduce, Tile, Tuning};
 use super::weights::Format;
-use crate::backend::KvType;
+use crate::backend::{KvType, Wire};
 use crate::kernels::matrix::DType;
 use crate::kernels::quant::QuantFormat;
 use unroll::unroll;
@@ -25,6 +25,8 @@ pub(super) enum Kernel {
     AttendMerge,
     Add,
     TakeRows,
+    Narrow(Wire),
+    Widen(Wire),
 }
 
 /// What becomes of the outputs of a linear layer: a file of `shaders/finish/`.
@@ -54,6 +56,8 @@ impl Kernel {
             Self::AttendMerge => include_str!("../../../shaders/attend_merge.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
             Self::TakeRows => include_str!("../../../shaders/take_rows.wgsl"),
+            Self::Narrow(_) => include_str!("../../../shaders/narrow.wgsl"),
+            Self::Widen(_) => include_str!("../../../shaders/widen.wgsl"),
         }
     }
 
@@ -87,7 +91,7 @@ impl Kernel {
                 Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             },
             Self::Attend(_) => &[Read, Write, Read, Read, Read, Read, Write],
-            Self::AttendMerge => &[Read, Write],
+            Self::AttendMerge | Self::Narrow(_) | Self::Widen(_) => &[Read, Write],
             Self::Add => &[Write, Read],
             Self::TakeRows => &[Read, Write, Read],
         }
@@ -159,6 +163,13 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     if kernel.kv().is_some() {
         parts.push(include_str!("../../../shaders/kv.wgsl"));
     }
+    if let Kernel::Narrow(wire) | Kernel::Widen(wire) = kernel {
+        parts.push(match wire {
+            Wire::F32 => "",
+            Wire::F16 => include_str!("../../../shaders/wire/f16.wgsl"),
+            Wire::Bf16 => include_str!("../../../shaders/wire/bf16.wgsl"),
+        });
+    }
     let constants = match kernel {
         Kernel::Linear(.., Few { tiles, rows, slices }) => vec![("TILES", tiles), ("ROWS", rows), ("SLICES", slices)],
         Kernel::LinearTile(.., Tile { side, down, across }) => vec![("SIDE", side), ("M", down), ("N", across), ("HALF_N", across / 2)],
@@ -181,7 +192,9 @@ pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<
         Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
         // Attention has a lane for each position of a block.
         Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
-        Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows => all.push(("WG", f64::from(ELEMENTS))),
+        Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows | Kernel::Narrow(_) | Kernel::Widen(_) => {
+            all.push(("WG", f64::from(ELEMENTS)))
+        }
         Kernel::Linear(..) | Kernel::LinearTile(..) => {}
     }
     if let Some(kv) = kernel.kv() {

@@ -6,3 +6,4 @@ mod ops;
 mod rig;
 mod shaders;
 mod stages;
+mod wire;

@@ -12,7 +12,7 @@ use crate::backend::wgpu::gpu::Gpu;
 use crate::backend::wgpu::lower::Activation;
 use crate::backend::wgpu::tune::Tuner;
 use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
-use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Packing, Place, Room, Row, Seq};
+use crate::backend::{Assignment, Batch, Flow, KvType, Numerics, Opened, Packing, Place, Room, Row, Seq, Wire};
 use crate::config::Config;
 use crate::device::{Device, devices};
 use crate::error::Result;
@@ -179,6 +179,7 @@ impl Model {
             tune: false,
             spare: None,
             lanes: 1,
+            wire: Wire::F32,
             ranks: (0..self.partition.ranks.len()).collect(),
             plan: &self.plan,
             config: &self.config,
@@ -226,6 +227,7 @@ impl Model {
             rope,
             kv,
             numerics: Numerics::Exact,
+            wire: Wire::F32,
             timed: false,
         }
     }

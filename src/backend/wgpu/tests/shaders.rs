@@ -4,10 +4,10 @@ use naga::back::{PipelineConstants, hlsl, msl, pipeline_constants::process_overr
 use naga::valid::{Capabilities, ValidationFlags, Validator};
 use naga::{AddressSpace, ShaderStage, StorageAccess, TypeInner};
 
-use crate::backend::KvType;
 use crate::backend::wgpu::shaders::{Access, Finish, Kernel, Shape, constants, source};
 use crate::backend::wgpu::tuning::{Few, Linear, Reduce, Tile, Tuning};
 use crate::backend::wgpu::weights::Format;
+use crate::backend::{KvType, Wire};
 
 const TILE: Tile = Tile { side: 8, down: 4, across: 4 };
 
@@ -29,6 +29,7 @@ fn tunings() -> [Tuning; 2] {
 fn kernels() -> Vec<Kernel> {
     let mut all =
         vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
+    all.extend([Wire::F16, Wire::Bf16].into_iter().flat_map(|wire| [Kernel::Narrow(wire), Kernel::Widen(wire)]));
     for format in Format::all() {
         for finish in [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F32), Finish::Qkv(KvType::F16)] {
             for (tiles, rows, slices) in [(1, 1, 8), (4, 4, 1)] {
