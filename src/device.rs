@@ -91,6 +91,8 @@ pub struct Device {
     isolated: bool,
     binding_limit: Option<u64>,
     memory_limit: Option<u64>,
+    /// How often each product is computed.
+    busy_work: u32,
 }
 
 /// Everything this machine can compute on: the CPU first, then every adapter once, software adapters included.
@@ -105,7 +107,7 @@ pub fn devices() -> Vec<Device> {
 fn gpus() -> impl Iterator<Item = Device> {
     adapters().iter().enumerate().map(|(index, adapter)| {
         let kind = Kind::Gpu { index, adapter: Arc::clone(adapter) };
-        Device { kind, isolated: false, binding_limit: None, memory_limit: None }
+        Device { kind, isolated: false, binding_limit: None, memory_limit: None, busy_work: 1 }
     })
 }
 
@@ -118,7 +120,7 @@ impl Device {
     /// The CPU.
     #[must_use]
     pub fn cpu() -> Self {
-        Self { kind: Kind::Cpu, isolated: false, binding_limit: None, memory_limit: None }
+        Self { kind: Kind::Cpu, isolated: false, binding_limit: None, memory_limit: None, busy_work: 1 }
     }
 
     /// Devices by name: `cpu` and `gpu:N` (the N-th adapter of [`devices`]) between commas, repeated at will; or `auto`, which is
@@ -164,6 +166,20 @@ impl Device {
         self
     }
 
+    /// The same device as if it computed so many times slower: a GPU computes every product of a matrix so often. For tests of shares and of the planner; the
+    /// CPU takes no notice.
+    #[must_use]
+    pub fn with_busy_work(mut self, times: u32) -> Self {
+        self.busy_work = times.max(1);
+        self
+    }
+
+    /// See [`Self::with_busy_work`].
+    #[cfg(feature = "gpu")]
+    pub(crate) fn busy_work(&self) -> u32 {
+        self.busy_work
+    }
+
     /// Bytes of memory that a GPU has, or shares with the CPU, where its API tells (Vulkan does); `None` for the CPU, whose ranks compute
     /// from the mapped checkpoint. What other programs hold of it is not known.
     #[must_use]
@@ -182,6 +198,7 @@ impl Device {
             && self.label() == other.label()
             && self.binding_limit == other.binding_limit
             && self.memory_limit == other.memory_limit
+            && self.busy_work == other.busy_work
     }
 
     /// How the device is named in a list: `cpu`, or `gpu:N` for the N-th adapter.
@@ -309,6 +326,13 @@ impl Device {
         let _ = (weights, out, cols);
         let problem = "has one kernel for each format: there is nothing to choose".into();
         Err(Error::Device { stage: 0, ranks: Vec::new(), device: self.to_string(), problem })
+    }
+
+    /// What tells it from others in what is kept of measurements, its driver included.
+    pub(crate) fn identity(&self) -> String {
+        let Self { isolated, binding_limit, memory_limit, busy_work, .. } = self;
+        let limits = format!("{isolated} {binding_limit:?} {memory_limit:?} {busy_work}");
+        format!("{self} {} {} {limits}", self.driver(), self.driver_info())
     }
 
     /// The adapter to open; `None` for the CPU.

@@ -31,7 +31,11 @@ fn command(args: &[&str]) -> Command {
 }
 
 fn run(args: &[&str]) -> Run {
-    let output = command(args).output().unwrap();
+    output(command(args))
+}
+
+fn output(mut command: Command) -> Run {
+    let output = command.output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Run { status: output.status.code().unwrap(), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
@@ -72,7 +76,10 @@ impl Bench {
                 .replace("{dir}", &self.dir.path().join("empty").display().to_string())
         };
         let words: Vec<String> = line.split_whitespace().map(fill).collect();
-        run(&words.iter().map(String::as_str).collect::<Vec<_>>())
+        let mut command = command(&words.iter().map(String::as_str).collect::<Vec<_>>());
+        // What earlier runs have measured is not this one's.
+        command.env("TORCHLESS_CACHE", self.dir.path().join("cache"));
+        output(command)
     }
 
     fn left_behind(&self) -> Vec<std::ffi::OsString> {
@@ -468,6 +475,41 @@ fn a_forecast_says_how_fast_what_was_asked_for_would_be_and_what_else_there_is()
     assert_eq!(forecast["predictions"].as_array().unwrap().len(), 1, "{forecast}");
     assert!(forecast["asked"]["tokens_per_s"].as_f64().unwrap() > 0.0 && forecast["chosen"] == 0, "{forecast}");
     assert!(bench.run("plan --model {model} --devices cpu --predict").stdout.contains("cpu is the only device"));
+}
+
+#[test]
+fn a_split_that_is_slower_than_one_device_is_foretold_once_and_warned_of() {
+    if common::gpus().is_empty() {
+        return;
+    }
+    let bench = Bench::new();
+    let kept = |bench: &Bench| {
+        let files = std::fs::read_dir(bench.dir.path().join("cache")).into_iter().flatten();
+        let name = |file: std::io::Result<std::fs::DirEntry>| file.unwrap().path();
+        files.map(name).filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("predicted")).collect::<Vec<_>>()
+    };
+    let generate = "generate --model {model} --devices cpu,gpu:0 --prompt Once --max-tokens 2 --no-tune";
+    assert!(!bench.run(generate).stderr.contains("slower"), "nobody has measured it yet");
+    let plan = "plan --model {model} --devices cpu,gpu:0";
+    assert!(!bench.run(&format!("{plan} --no-predict")).stdout.contains("predicted") && kept(&bench).is_empty());
+    let first = bench.run(plan);
+    // A software adapter beside the CPU has nothing to give, and a sum costs as much as this model's whole layer.
+    assert!(
+        first.stdout.contains("cpu would be ") && first.stdout.contains("times as fast as cpu,gpu:0"),
+        "{}{}",
+        first.stdout,
+        first.stderr
+    );
+    let [file] = &kept(&bench)[..] else { panic!("{:?}", kept(&bench)) };
+    let before = std::fs::read(file).unwrap();
+    assert_eq!(bench.run(plan).stdout, first.stdout, "what is kept is not measured again");
+    assert!(std::fs::read(file).unwrap() == before);
+    let tuned = generate.replace(" --no-tune", "");
+    let warned = bench.run(&tuned);
+    assert!(warned.stderr.contains("cpu,gpu:0 together are slower than cpu alone"), "{}", warned.stderr);
+    assert!(!bench.run(&tuned.replace("cpu,gpu:0", "cpu")).stderr.contains("slower"));
+    bench.run(&format!("{plan} --predict"));
+    assert!(std::fs::read(file).unwrap() != before, "--predict measures anew");
 }
 
 #[test]

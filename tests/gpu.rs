@@ -394,3 +394,19 @@ fn sums_that_travel_in_two_bytes_move_logits_by_a_few_units_of_their_rounding() 
         }
     }
 }
+
+#[test]
+fn busy_work_computes_products_again_and_changes_nothing() {
+    let Some(gpu) = gpus().into_iter().next() else { return };
+    let dispatches = |device: Device| {
+        let model = TensorParallelMistral::load_on_gpus(fixture::load("tied"), vec![device]).unwrap();
+        fixture::check("tied", &model, TOLERANCE).unwrap();
+        let count = || model.counts().unwrap()[0].dispatches;
+        let before = count();
+        model.forward(&mut InferenceState::new(model.config()), 1, false);
+        count() - before
+    };
+    let layers = fixture::load("tied").config().n_layers as u64;
+    // Of a layer four products, and the head.
+    assert_eq!(dispatches(gpu.clone().with_busy_work(3)), dispatches(gpu) + 2 * (4 * layers + 1));
+}

@@ -7,7 +7,9 @@ use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use indicatif::{ProgressBar, ProgressStyle};
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, Wire, choose};
+use torchless::{
+    Device, InferenceState, KvType, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral, Wire, choose, kept_prediction,
+};
 
 use super::Outcome;
 
@@ -120,6 +122,7 @@ impl GridArgs {
     pub fn chosen(&self, params: &Parameters, config: ParallelConfig) -> Outcome<(Vec<Device>, ParallelConfig)> {
         let devices = self.candidates()?;
         if !self.is_left_to_us() || devices.len() == 1 {
+            warn_of_slow_split(params, &config, &devices);
             return Ok((devices, config));
         }
         let mut choice = choose(params, &config, &devices, 1)?;
@@ -165,6 +168,40 @@ impl GridArgs {
         });
         bar.finish_and_clear();
         Ok(Loaded { model: model?, seconds: start.elapsed().as_secs_f64() })
+    }
+}
+
+/// What one grid must be faster than another by for that to be said.
+pub const SLOWER: f64 = 1.03;
+
+/// Each device once.
+pub fn distinct(devices: &[Device]) -> Vec<Device> {
+    let mut distinct: Vec<Device> = Vec::new();
+    for device in devices {
+        if !distinct.iter().any(|known| known.label() == device.label()) {
+            distinct.push(device.clone());
+        }
+    }
+    distinct
+}
+
+/// Says so where a few layers have shown before that one of the devices is faster than all of them.
+fn warn_of_slow_split(params: &Parameters, config: &ParallelConfig, devices: &[Device]) {
+    let each = distinct(devices);
+    if each.len() < 2 {
+        return;
+    }
+    let mut alone = config.clone().stages(1);
+    alone.shares = None;
+    let of_one = |device: &Device| kept_prediction(params, &alone, std::slice::from_ref(device), 1);
+    let fastest = each.iter().filter_map(of_one).max_by(|a, b| a.tokens_per_second().total_cmp(&b.tokens_per_second()));
+    let (Some(one), Some(all)) = (fastest, kept_prediction(params, config, devices, 1)) else { return };
+    let (fast, slow) = (one.tokens_per_second(), all.tokens_per_second());
+    if fast > SLOWER * slow {
+        let (one, all) = (labels(&one.devices), labels(devices));
+        super::note(format!(
+            "{all} together are slower than {one} alone: {slow:.1} against {fast:.1} tokens/s when a few layers were run; torchless plan --predict measures anew"
+        ));
     }
 }
 

@@ -3,10 +3,13 @@
 use std::ops::Range;
 
 use serde_json::{Value, json};
-use torchless::{Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, plan_summary, predict};
+use torchless::{
+    Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, forget_predictions, kept_prediction,
+    plan_summary, predict,
+};
 
 use super::Outcome;
-use super::grid::{GridArgs, labels};
+use super::grid::{GridArgs, SLOWER, distinct, labels};
 use super::output::{bytes, print, print_json, table};
 
 #[derive(clap::Args)]
@@ -14,11 +17,16 @@ pub struct Args {
     #[command(flatten)]
     grid: GridArgs,
 
-    /// Run a few layers on the devices, on each alone and on the fastest together, and predict from that how fast the whole model would be
-    #[arg(long)]
+    /// Predict how fast the model would be on the devices, on each alone and on the fastest together, by running a few layers there, and do so anew. Of several devices that is done
+    /// anyhow, but what was measured before is not measured again
+    #[arg(long, conflicts_with = "no_predict")]
     predict: bool,
 
-    /// Sequences that step together, for --predict
+    /// Predict nothing of devices that are named, and open none
+    #[arg(long)]
+    no_predict: bool,
+
+    /// Sequences that step together, for what is predicted
     #[arg(long, value_name = "B", default_value = "1", value_parser = clap::value_parser!(u16).range(1..=4096))]
     batch: u16,
 }
@@ -27,13 +35,18 @@ pub fn run(args: &Args) -> Outcome {
     let candidates = args.grid.candidates()?;
     let params = Parameters::load(&args.grid.model)?;
     let config = args.grid.config(&params, params.config().max_position_embeddings);
-    let forecast = if args.predict { Some(Forecast::of(args, &params, &config, &candidates)?) } else { None };
+    if args.predict {
+        forget_predictions(&params, &config);
+    }
+    let wanted = args.predict || (!args.no_predict && distinct(&candidates).len() > 1);
+    let forecast = if wanted { Some(Forecast::of(args, &params, &config, &candidates)?) } else { None };
     let (devices, config) = match &forecast {
         Some(Forecast { asked: None, choice }) => {
             let best = &choice.predictions[choice.chosen];
             (best.devices.clone(), best.shares.iter().fold(config, |config, shares| config.with_shares(shares.clone())))
         }
-        _ => args.grid.chosen(&params, config)?,
+        Some(_) => (candidates, config),
+        None => args.grid.chosen(&params, config)?,
     };
     let plan = plan_summary(&params, &config, &devices)?;
     if args.grid.json {
@@ -69,15 +82,14 @@ struct Forecast {
 impl Forecast {
     fn of(args: &Args, params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Outcome<Self> {
         let batch = usize::from(args.batch);
-        let mut distinct: Vec<Device> = Vec::new();
-        for device in devices {
-            if !distinct.iter().any(|known| known.label() == device.label()) {
-                distinct.push(device.clone());
-            }
-        }
-        let choice = choose(params, config, &distinct, batch)?;
+        let choice = choose(params, config, &distinct(devices), batch)?;
         let only_one = devices.len() == 1 && config.shares.is_none();
-        let asked = if args.grid.is_left_to_us() || only_one { None } else { Some(predict(params, config, devices, batch)?) };
+        let asked = if args.grid.is_left_to_us() || only_one {
+            None
+        } else {
+            let kept = kept_prediction(params, config, devices, batch);
+            Some(kept.map_or_else(|| predict(params, config, devices, batch), Ok)?)
+        };
         Ok(Self { asked, choice })
     }
 
@@ -104,7 +116,7 @@ impl Forecast {
     fn reason(&self) -> String {
         let best = &self.choice.predictions[self.choice.chosen];
         let ratio = |other: &Prediction| best.tokens_per_second() / other.tokens_per_second();
-        if let Some(asked) = self.asked.as_ref().filter(|asked| ratio(asked) > 1.03) {
+        if let Some(asked) = self.asked.as_ref().filter(|asked| ratio(asked) > SLOWER) {
             return format!("{} would be {:.2} times as fast as {}", labels(&best.devices), ratio(asked), labels(&asked.devices));
         }
         let split = self.choice.predictions.iter().find(|p| p.devices.len() > 1);

@@ -2,9 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::backend::KvType;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kept::Kept;
 use crate::model::layout::plan_summary;
 use crate::model::parallel::TensorParallelMistral;
 use crate::model::parallel_config::ParallelConfig;
@@ -54,8 +57,46 @@ pub struct Choice {
     pub failed: Vec<(Vec<Device>, Error)>,
 }
 
+/// What is kept of a prediction: its seconds, of a step and of a layer.
+#[derive(Clone, Copy, Serialize, Deserialize)]
+struct Seconds {
+    step: f64,
+    layer: f64,
+}
+
+/// What was predicted for a checkpoint, with these weights and threads and this version.
+fn kept(params: &Parameters, config: &ParallelConfig) -> Kept<Seconds> {
+    let ParallelConfig { weights, threads, work, .. } = config;
+    let version = env!("CARGO_PKG_VERSION");
+    Kept::open("predicted", format!("torchless {version}, {}, {weights:?}, {threads:?}, {work:?}", params.stamp()))
+}
+
+/// What tells the grids of a model apart.
+fn name(config: &ParallelConfig, devices: &[Device], batch: usize) -> String {
+    let devices: Vec<String> = devices.iter().map(Device::identity).collect();
+    format!("{devices:?}, shares {:?}, {:?} stages, {batch} sequences", config.shares, config.stages.unwrap_or(1))
+}
+
+/// What [`predict`] said earlier, if it is kept: in the user's cache directory (or the one that `TORCHLESS_CACHE` names), by checkpoint, devices, drivers and
+/// version. Nothing is kept of a configuration that is [`ParallelConfig::untuned`].
+#[must_use]
+pub fn kept_prediction(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Option<Prediction> {
+    let batch = batch.max(1);
+    let seconds = *kept(params, config).get(&name(config, devices, batch)).filter(|_| config.tune)?;
+    let (devices, shares) = (devices.to_vec(), config.shares.clone());
+    let is_sane = seconds.step > 0.0 && seconds.step.is_finite() && seconds.layer >= 0.0;
+    is_sane.then_some(Prediction { devices, shares, seconds_per_step: seconds.step, seconds_per_layer: seconds.layer, batch })
+}
+
+/// Forgets what is kept of predictions for this checkpoint with such weights and threads, so that it is measured anew.
+pub fn forget_predictions(params: &Parameters, config: &ParallelConfig) {
+    kept(params, config).forget();
+}
+
 /// Predicts how fast `params` would run on `devices`, a rank each, by running two short models of its first layers there. The whole model need
 /// not fit. Of several stages it is right as far as the short models are cut like the whole one.
+///
+/// What comes out is kept for [`kept_prediction`].
 ///
 /// # Errors
 /// As [`TensorParallelMistral::load_grid`] and [`TensorParallelMistral::fast_forward_batch`].
@@ -78,12 +119,20 @@ pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device],
     let base = shorter.median();
     let seconds_per_layer = longer.map_or(0.0, |longer| (longer.median() - base).max(0.0) / (long - short) as f64);
     let seconds_per_step = base + seconds_per_layer * (layers - short) as f64;
+    if config.tune {
+        kept(params, config).keep(name(config, devices, batch), Seconds { step: seconds_per_step, layer: seconds_per_layer });
+    }
     let (devices, shares) = (devices.to_vec(), config.shares.clone());
     Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, batch })
 }
 
+/// What is kept, or else predicted.
+fn foresee(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
+    kept_prediction(params, config, devices, batch).map_or_else(|| predict(params, config, devices, batch), Ok)
+}
+
 /// Predicts each device alone, then the fastest two, three and so on together with shares by their speed, and says what to take. A device
-/// that can't hold the model alone still counts where several can.
+/// that can't hold the model alone still counts where several can. What is kept of earlier predictions is not measured again.
 ///
 /// # Errors
 /// [`Error::NoDevices`]; the first device's, if nothing can run the model.
@@ -93,7 +142,7 @@ pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], 
     alone.shares = None;
     for device in devices {
         let device = std::slice::from_ref(device);
-        match predict(params, &alone, device, batch) {
+        match foresee(params, &alone, device, batch) {
             Ok(prediction) => {
                 match plan_summary(params, &alone, device) {
                     Ok(_) => predictions.push(prediction.clone()),
@@ -110,7 +159,7 @@ pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], 
         let devices: Vec<Device> = singles[..together].iter().flat_map(|single| single.devices.clone()).collect();
         let speeds: Vec<f64> = singles[..together].iter().map(|single| 1.0 / single.seconds_per_step).collect();
         let config = alone.clone().with_shares(rounded(&speeds));
-        match plan_summary(params, &config, &devices).and_then(|_| predict(params, &config, &devices, batch)) {
+        match plan_summary(params, &config, &devices).and_then(|_| foresee(params, &config, &devices, batch)) {
             Ok(prediction) => predictions.push(prediction),
             Err(e) => failed.push((devices, e)),
         }

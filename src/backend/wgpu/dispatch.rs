@@ -48,6 +48,8 @@ pub(super) struct Dispatch {
     pub size: Size,
     /// For either type of keys and values. Each of a linear layer: for one row, for few and for many; of the others, one.
     pub pipelines: [Vec<wgpu::ComputePipeline>; 2],
+    /// Whether computing it again changes nothing.
+    pub repeats: bool,
     /// By lane.
     pub binds: Vec<wgpu::BindGroup>,
 }
@@ -72,22 +74,25 @@ impl Size {
 }
 
 impl Dispatch {
-    /// Encodes it, unless the batch has nothing for it to do. Answers whether it did.
+    /// Encodes it, so many `times` where computing it again changes nothing. Answers how often it did: not at all where the batch has nothing for it
+    /// to do.
     ///
     /// `most`: workgroups in one dimension of a grid.
-    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, lane: Lane, batch: &Batch, most: u32) -> bool {
+    pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, lane: Lane, batch: &Batch, most: u32, times: u32) -> u32 {
         let [spans, _] = if let Size::Spans(_, split) | Size::Merge(_, split) = self.size { Split::spans(split, batch) } else { [1, 0] };
         let (pipeline, groups) = self.size.groups(self.rows.of(batch), spans as usize);
         if groups == 0 {
-            return false;
+            return 0;
         }
         let (x, y) = fold(groups, most as usize);
         pass.set_pipeline(&self.pipelines[usize::from(batch.kv == KvType::F16)][pipeline]);
         pass.set_bind_group(0, &self.binds[lane], &[]);
-        pass.dispatch_workgroups(x, y, 1);
-        true
+        let times = if self.repeats { times } else { 1 };
+        (0..times).for_each(|_| pass.dispatch_workgroups(x, y, 1));
+        times
     }
 }
+
 /// A grid of two dimensions that holds `groups`, neither above `most`, with less than a row of it to spare.
 pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
     let y = groups.div_ceil(most).max(1);

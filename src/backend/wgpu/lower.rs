@@ -424,8 +424,9 @@ impl<'a> Lowerer<'a> {
                 gpu.scoped("bind groups", 0, || pipelines.bind(call.kernel, &shapes, at, twins.in_lane(lane, counts), &buffers))
             };
             let binds = (0..=twins.0.len()).map(&mut bind).collect::<Result<_>>()?;
-            let Call { rows, size, pipelines, .. } = call;
-            dispatches.push(Dispatch { rows, size, pipelines, binds });
+            let Call { rows, size, pipelines, shape, .. } = call;
+            let repeats = matches!(size, Size::Linear(..)) && shape.accumulate == 0;
+            dispatches.push(Dispatch { rows, size, pipelines, repeats, binds });
         }
         if let Some(packer) = self.packer {
             packer.keep();

@@ -92,6 +92,8 @@ pub(crate) struct GpuPlace {
     pub(super) activations: Vec<Activation>,
     /// Workgroups in one dimension of a grid.
     dimension: u32,
+    /// See [`Device::with_busy_work`].
+    busy_work: u32,
     timer: Option<Timer>,
     handovers: Handovers,
     weight_bytes: Vec<u64>,
@@ -187,6 +189,7 @@ impl GpuPlace {
             #[cfg(test)]
             activations: lowered.activations,
             dimension: adapter.limits.max_compute_workgroups_per_dimension,
+            busy_work: device.busy_work(),
             timer,
             handovers,
             weight_bytes,
@@ -278,9 +281,7 @@ impl Place for GpuPlace {
         let (start, end) = (lowered.dispatches.start, lowered.dispatches.end);
         let skipped = |travels: bool| usize::from(travels && batch.wire == Wire::F32);
         for dispatch in &self.dispatches[start + skipped(lowered.widens)..end - skipped(lowered.narrows)] {
-            if dispatch.encode(&mut pass, lane, batch, self.dimension) {
-                self.counts.dispatches += 1;
-            }
+            self.counts.dispatches += u64::from(dispatch.encode(&mut pass, lane, batch, self.dimension, self.busy_work));
         }
         drop(pass);
 

@@ -1,0 +1,112 @@
+//! What shares by speed are worth where ranks aren't equally fast: `cargo bench --bench shares`.
+
+#[path = "../tests/common/mod.rs"]
+mod common;
+
+use std::time::Instant;
+
+use common::{Spec, write_checkpoint};
+use safetensors::Dtype;
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral, choose, devices};
+
+/// Tokens of a turn, of which the first is not counted, and turns.
+const TOKENS: usize = 6;
+const TURNS: usize = 9;
+
+/// A model on some devices, and how fast it was in each turn.
+struct Grid {
+    model: TensorParallelMistral,
+    states: Vec<InferenceState>,
+    tokens_per_second: Vec<f64>,
+}
+
+impl Grid {
+    fn load(params: &Parameters, devices: &[Device], shares: Option<Vec<f64>>, batch: usize) -> Self {
+        let mut config = ParallelConfig::default().kv_positions(128 * batch).threads(1);
+        config.shares = shares;
+        let model = TensorParallelMistral::load_grid(params.clone(), config, devices.iter().cloned()).unwrap_or_else(|e| panic!("{e}"));
+        let states = (0..batch).map(|_| InferenceState::with_kv(model.config(), KvType::F16)).collect();
+        Self { model, states, tokens_per_second: Vec::new() }
+    }
+
+    fn turn(&mut self) {
+        self.states.iter_mut().for_each(InferenceState::reset);
+        let mut start = Instant::now();
+        for token in 0..TOKENS {
+            if token == 1 {
+                start = Instant::now();
+            }
+            let mut states: Vec<&mut InferenceState> = self.states.iter_mut().collect();
+            let tokens = vec![token as u32; states.len()];
+            self.model.fast_forward_batch(&mut states, &tokens).unwrap_or_else(|e| panic!("{e}"));
+        }
+        self.tokens_per_second.push((self.states.len() * (TOKENS - 1)) as f64 / start.elapsed().as_secs_f64());
+    }
+}
+
+fn main() {
+    let turns = if std::env::args().any(|arg| arg == "--bench") { TURNS } else { 1 };
+    let all = devices();
+    all.iter().for_each(|device| println!("- {device}"));
+    let (Some(fast), Some(slow)) = (all.get(2), all.get(3)) else {
+        println!("SKIPPED: gpu:1 and gpu:2 are missing: there are no two adapters of one speed");
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
+    let spec = Spec {
+        hidden: 1536,
+        intermediate: 4096,
+        layers: 6,
+        heads: 24,
+        kv_heads: 8,
+        head_dim: 64,
+        vocab: 2000,
+        dtype: Dtype::F16,
+        ..Spec::default()
+    };
+    write_checkpoint(dir.path(), &spec);
+    let params = Parameters::load(dir.path()).unwrap_or_else(|e| panic!("{e}"));
+    println!(
+        "\n| the second rank is slower | batch | alone | ideal | automatic shares | of the ideal (p10..p90) | equal shares | of the ideal (p10..p90) |"
+    );
+    println!("|---|---|---|---|---|---|---|---|");
+    for (times, batch) in [(1, 1), (2, 1), (3, 1), (3, 8), (5, 1)] {
+        let pair = [fast.clone().isolated(), slow.clone().isolated().with_busy_work(times)];
+        let config = ParallelConfig::default().threads(1);
+        let choice = choose(&params, &config, &pair, batch).unwrap_or_else(|e| panic!("{e}"));
+        let chosen = choice.predictions.iter().find(|prediction| prediction.devices.len() == 2);
+        let chosen = chosen.unwrap_or_else(|| panic!("the pair was not considered"));
+        // In the order in which the planner lists them.
+        let mut grids = [
+            Grid::load(&params, &pair[..1], None, batch),
+            Grid::load(&params, &pair[1..], None, batch),
+            Grid::load(&params, &chosen.devices, chosen.shares.clone(), batch),
+            Grid::load(&params, &pair, None, batch),
+        ];
+        grids.iter_mut().for_each(Grid::turn);
+        grids.iter_mut().for_each(|grid| grid.tokens_per_second.clear());
+        (0..turns).for_each(|_| grids.iter_mut().for_each(Grid::turn));
+        let [a, b, automatic, equal] = grids.map(|grid| grid.tokens_per_second);
+        let ideal: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
+        let of = |speeds: &[f64]| -> Vec<f64> { speeds.iter().zip(&ideal).map(|(speed, ideal)| speed / ideal).collect() };
+        let spread =
+            |values: Vec<f64>| format!("{:.2} ({:.2}..{:.2})", quantile(&values, 0.5), quantile(&values, 0.1), quantile(&values, 0.9));
+        println!(
+            "| {times} times | {batch} | {:.1} and {:.1} | {:.1} | {:.1}, {:?} | {} | {:.1} | {} |",
+            quantile(&a, 0.5),
+            quantile(&b, 0.5),
+            quantile(&ideal, 0.5),
+            quantile(&automatic, 0.5),
+            chosen.shares.clone().unwrap_or_default(),
+            spread(of(&automatic)),
+            quantile(&equal, 0.5),
+            spread(of(&equal)),
+        );
+    }
+}
+
+fn quantile(values: &[f64], q: f64) -> f64 {
+    let mut values = values.to_vec();
+    values.sort_by(f64::total_cmp);
+    values[((values.len() - 1) as f64 * q).round() as usize]
+}
