@@ -59,8 +59,10 @@ fn main(lane: Lane, @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgr
         first = last + 1u - shape.window;
     }
     if (spans > 1u) {
-        first = max(first, span * counts.w);
-        last = min(last, (span + 1u) * counts.w - 1u);
+        // The first span begins with the first block that the row sees.
+        let start = first / BLOCK * BLOCK + span * counts.w;
+        first = max(first, start);
+        last = min(last, start + counts.w - 1u);
     }
     var top = LOWEST;
     var total = 0.0;

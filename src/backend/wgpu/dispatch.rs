@@ -3,7 +3,7 @@
 use super::shaders::ELEMENTS;
 use super::tuning::Linear;
 use super::weights::TILE;
-use crate::backend::{BLOCK, Batch, KvType, Lane};
+use crate::backend::{BLOCK, Batch, KvType, Lane, Row};
 use crate::plan::Rows;
 
 /// How many workgroups a dispatch needs.
@@ -28,6 +28,8 @@ pub(super) struct Split {
     pub positions: u32,
     /// Spans.
     pub most: u32,
+    /// Positions that a row sees, if not all.
+    pub window: Option<usize>,
 }
 
 impl Split {
@@ -36,8 +38,13 @@ impl Split {
 
     /// Spans for a batch, and the positions in each.
     pub(super) fn spans(split: Option<Self>, batch: &Batch) -> [u32; 2] {
-        let Some(Self { positions, most }) = split.filter(|_| batch.rows.len() <= Self::ROWS) else { return [1, 0] };
-        let all = batch.rows.iter().map(|row| row.pos + 1).max().unwrap_or(1);
+        let Some(Self { positions, most, window }) = split.filter(|_| batch.rows.len() <= Self::ROWS) else { return [1, 0] };
+        // From the first block that a row sees.
+        let seen = |row: &Row| {
+            let first = window.map_or(0, |window| (row.pos as usize + 1).saturating_sub(window));
+            row.pos + 1 - (first / BLOCK * BLOCK) as u32
+        };
+        let all = batch.rows.iter().map(seen).max().unwrap_or(1);
         let span = positions.max(all.div_ceil(most).next_multiple_of(BLOCK as u32));
         [all.div_ceil(span), span]
     }
@@ -102,7 +109,7 @@ pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Numerics, Row, Wire};
+    use crate::backend::{Numerics, Wire};
 
     #[test]
     fn spans_cover_all_positions_and_are_never_too_many() {
@@ -111,13 +118,18 @@ mod tests {
             let (seqs, wanted, copies, rope) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
             Batch { number: 1, rows, seqs, wanted, copies, rope, kv: KvType::F16, numerics: Numerics::Fast, wire: Wire::F32, timed: false }
         };
-        let split = Some(Split { positions: 512, most: 16 });
+        let split = Some(Split { positions: 512, most: 16, window: None });
         for (rows, pos, expected) in
             [(1, 0, [1, 512]), (1, 511, [1, 512]), (1, 512, [2, 512]), (8, 508, [2, 512]), (9, 4000, [1, 0]), (1, 99_999, [16, 6272])]
         {
             let [spans, span] = Split::spans(split, &batch(rows, pos));
             assert_eq!([spans, span], expected, "{rows} rows from {pos}");
             assert!(spans == 1 || spans * span > pos + rows - 1, "{rows} rows from {pos}");
+        }
+        // Of a window of 1000 positions at most one block more is looked at.
+        let windowed = Some(Split { positions: 512, most: 16, window: Some(1000) });
+        for (rows, pos, expected) in [(1, 511, [1, 512]), (1, 99_999, [3, 512]), (8, 99_999, [3, 512]), (1, 1023, [2, 512])] {
+            assert_eq!(Split::spans(windowed, &batch(rows, pos)), expected, "{rows} rows from {pos}");
         }
         assert_eq!(Split::spans(None, &batch(1, 5000)), [1, 0]);
     }

@@ -85,7 +85,8 @@ pub(super) fn part_of_attention(assignment: &Assignment<'_>) -> usize {
 /// How attention is split into spans of `positions`, if it is at all: what is left of all spans has to fit a binding.
 pub(super) fn split(bounds: Bounds, assignment: &Assignment<'_>, positions: Option<u32>) -> Option<Split> {
     let most = bounds.binding / (4 * Split::ROWS * part_of_attention(assignment)).max(1) as u64;
-    positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32 })
+    let window = assignment.config.sliding_window;
+    positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32, window })
 }
 
 /// Bytes of a place's activations, at most, of what is read of them, and of what attention leaves of spans.
