@@ -21,6 +21,10 @@ for weights in stored q8_0 iq4_nl q4_0; do
   step "$model, $weights: tokens/s and where the time goes"
   "$torchless" bench --model "$model" --weights "$weights" --prompt-tokens 512
 done
+for how in "" "--no-overlap" "--wire f16"; do
+  step "a prompt over gpu:0 and the CPU, in halves that overlap unless told otherwise $how"
+  "$torchless" bench --model "$model" --devices gpu:0,cpu --prompt-tokens 512 --decode-tokens 8 $how
+done
 step "every hardware GPU and the CPU, alone and together"
 "$torchless" plan --model "$model" --weights q4_0 --predict
 step "an all-reduce through the host"
