@@ -59,6 +59,8 @@ pub(super) struct Gpu {
     pub device: wgpu::Device,
     pub queue: wgpu::Queue,
     pub owner: Owner,
+    /// Whether buffers that kernels write may be mapped: where device and host share their memory, what is read needs no copy.
+    pub maps: bool,
     spins: bool,
     is_shared: Arc<AtomicBool>,
     lost: Report,
@@ -68,14 +70,17 @@ pub(super) struct Gpu {
 impl Gpu {
     /// Opens an adapter, on which no kernel sees more than `binding` bytes of a buffer.
     pub(super) fn open(adapter: &Adapter, binding: u64, owner: Owner) -> Result<Self> {
+        let shares_memory = matches!(adapter.info.device_type, wgpu::DeviceType::Cpu | wgpu::DeviceType::IntegratedGpu);
+        let mappable = if shares_memory { wgpu::Features::MAPPABLE_PRIMARY_BUFFERS } else { wgpu::Features::empty() };
         let descriptor = wgpu::DeviceDescriptor {
             label: Some(&owner.device),
-            required_features: adapter.features & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY),
+            required_features: adapter.features & (wgpu::Features::SUBGROUP | wgpu::Features::TIMESTAMP_QUERY | mappable),
             required_limits: wgpu::Limits { max_storage_buffer_binding_size: binding, ..adapter.limits.clone() },
             // Buffers are few and large: blocks reserved ahead of need would be wasted.
             memory_hints: wgpu::MemoryHints::MemoryUsage,
             ..Default::default()
         };
+        let maps = descriptor.required_features.contains(wgpu::Features::MAPPABLE_PRIMARY_BUFFERS);
         let opened = pollster::block_on(adapter.handle.request_device(&descriptor));
         let (device, queue) = opened.map_err(|e| owner.error(format!("the device could not be opened: {e}")))?;
 
@@ -87,7 +92,7 @@ impl Gpu {
         });
         let report = Arc::clone(&failed);
         device.on_uncaptured_error(Arc::new(move |e: wgpu::Error| record(&report, e.to_string())));
-        Ok(Self { device, queue, owner, spins: !adapter.is_software(), is_shared: Arc::default(), lost, failed })
+        Ok(Self { device, queue, owner, maps, spins: !adapter.is_software(), is_shared: Arc::default(), lost, failed })
     }
 
     /// The same device for another owner, who may be on another thread.

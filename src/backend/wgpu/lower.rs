@@ -155,12 +155,15 @@ impl<'a> Lowerer<'a> {
         if parts.is_empty() {
             let spec = &self.assignment.plan.bufs[buf.0];
             let rows = if spec.rows == Rows::All { self.room.rows } else { self.room.wanted };
-            let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            let mut usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+            let is_mapped = self.gpu.maps && self.assignment.plan.segments.iter().any(|segment| segment.read == Some(buf));
+            usage.set(wgpu::BufferUsages::MAP_READ, is_mapped);
             for part in room::parts(self.assignment, buf) {
                 let bytes = 4 * (rows * part.stride()).max(4) as u64;
                 let make = || self.gpu.buffer(spec.name, bytes, usage);
                 let buffer = make()?;
-                if spec.carried {
+                // What is mapped for one lane is out of the others' reach.
+                if spec.carried || is_mapped {
                     self.twins.0.iter_mut().try_for_each(|lane| make().map(|twin| lane.push((buffer.clone(), twin))))?;
                 }
                 parts.push(Activation { buffer, part, rows: spec.rows });

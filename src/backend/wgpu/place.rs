@@ -50,6 +50,8 @@ struct Flight {
     bytes: u64,
     /// Whether timestamps lie behind what is read.
     timed: bool,
+    /// Where it is read from.
+    mapped: wgpu::Buffer,
     /// What is handed over instead of read.
     handover: Option<Handover>,
 }
@@ -257,8 +259,8 @@ impl Place for GpuPlace {
     fn launch(&mut self, lane: Lane, segment: SegmentId, batch: &Batch, input: &Flow) -> Result<()> {
         self.gpu.check()?;
         let course = &mut self.lanes[lane];
-        if course.flight.take().is_some_and(|flight| flight.bytes > 0) {
-            course.staging.unmap();
+        if let Some(flight) = course.flight.take().filter(|flight| flight.bytes > 0) {
+            flight.mapped.unmap();
         }
         course.moment.write(&self.gpu, batch)?;
         let mut encoder = self.gpu.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
@@ -290,10 +292,16 @@ impl Place for GpuPlace {
         let size = |part: &Activation| (wire.bytes() * rows * part.stride()) as u64;
         let all = lowered.read.iter().map(size).sum();
         let handover = if lowered.stays { Some(self.handovers.take(&self.gpu, all)?) } else { None };
+        let timer = timer.filter(|_| all > 0);
         let staging = &self.lanes[lane].staging;
+        // Where it can be mapped as it is, nothing is copied.
+        let mapped = match &lowered.read[..] {
+            [part] if self.gpu.maps && handover.is_none() && wire == Wire::F32 && timer.is_none() => self.twins.in_lane(lane, &part.buffer),
+            _ => staging,
+        };
         let to = handover.as_ref().map_or(staging, |handover| &handover.buffer);
         let mut at = 0;
-        for part in &lowered.read {
+        for part in lowered.read.iter().filter(|_| mapped == staging) {
             let from = if wire == Wire::F32 { self.twins.in_lane(lane, &part.buffer) } else { &self.wire };
             if size(part) > 0 {
                 encoder.copy_buffer_to_buffer(from, 0, to, at, size(part));
@@ -301,7 +309,6 @@ impl Place for GpuPlace {
             }
         }
         let mut bytes = if lowered.stays { 0 } else { all };
-        let timer = timer.filter(|_| bytes > 0);
         if let Some(timer) = timer {
             timer.copy(&mut encoder, staging, bytes);
             bytes += Timer::BYTES;
@@ -310,14 +317,15 @@ impl Place for GpuPlace {
         let signal = Arc::new(Signal::default());
         let done = Arc::clone(&signal);
         if bytes > 0 {
-            encoder.map_buffer_on_submit(staging, wgpu::MapMode::Read, 0..bytes, move |mapped| done.set(mapped.is_ok()));
+            encoder.map_buffer_on_submit(mapped, wgpu::MapMode::Read, 0..bytes, move |mapped| done.set(mapped.is_ok()));
         } else {
             encoder.on_submitted_work_done(move || done.set(true));
         }
+        let mapped = mapped.clone();
         let index = self.gpu.queue.submit([encoder.finish()]);
         self.counts.submissions += 1;
         self.counts.ops += lowered.ops;
-        self.lanes[lane].flight = Some(Flight { index, signal, segment: segment.0, rows, wire, bytes, timed, handover });
+        self.lanes[lane].flight = Some(Flight { index, signal, segment: segment.0, rows, wire, bytes, timed, mapped, handover });
         self.gpu.check()
     }
 
@@ -335,8 +343,7 @@ impl Place for GpuPlace {
     fn output(&mut self, lane: Lane, take: &mut dyn FnMut(&[f32])) -> Result<()> {
         let flight = self.landed(lane)?;
         if flight.bytes > 0 {
-            let staging = &self.lanes[lane].staging;
-            let view = staging.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
+            let view = flight.mapped.slice(0..flight.bytes).get_mapped_range().map_err(|e| self.gpu.lost(e.to_string()))?;
             let (read, timestamps) = view.split_at(view.len() - if flight.timed { Timer::BYTES as usize } else { 0 });
             if let Some(timer) = self.timer.as_ref().filter(|_| flight.timed) {
                 self.counts.device_nanoseconds += timer.nanoseconds(timestamps);
@@ -360,7 +367,7 @@ impl Place for GpuPlace {
                 }
             }
             drop(view);
-            staging.unmap();
+            flight.mapped.unmap();
         }
         Ok(())
     }

@@ -96,12 +96,14 @@ fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
         parts(assignment, Buf(i)).into_iter().map(|part| 4 * (rows * part.stride()) as u64).sum::<u64>()
     };
     let all = (0..assignment.plan.bufs.len()).map(bytes);
-    // Every lane has its own of what is carried, and of what is read.
-    let carried: u64 = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].carried).map(bytes).sum();
+    // Every lane has its own of what is carried, and of what is read, both where it is made and on its way.
+    let plan = assignment.plan;
+    let is_read = |i: usize| plan.segments.iter().any(|segment| segment.read == Some(Buf(i)));
+    let own: u64 = (0..plan.bufs.len()).filter(|&i| plan.bufs[i].carried || is_read(i)).map(bytes).sum();
     let lanes = assignment.lanes as u64;
     let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
-    let wire = if assignment.wire == Wire::F32 { 0 } else { carried / 2 };
-    all.clone().sum::<u64>() + (lanes - 1) * carried + lanes * all.max().unwrap_or(0) + spans + wire
+    let wire = if assignment.wire == Wire::F32 { 0 } else { own / 2 };
+    all.clone().sum::<u64>() + (lanes - 1) * own + lanes * all.max().unwrap_or(0) + spans + wire
 }
 
 /// What of `want` fits.
