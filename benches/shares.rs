@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use common::{Spec, write_checkpoint};
 use safetensors::Dtype;
-use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral, choose, devices};
+use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral, choose, devices, forget_predictions};
 
 /// Tokens of a turn, of which the first is not counted, and turns.
 const TOKENS: usize = 6;
@@ -74,6 +74,7 @@ fn main() {
         let pair = [fast.clone().isolated(), slow.clone().isolated().with_busy_work(times)];
         let config = ParallelConfig::default().threads(1);
         let choice = choose(&params, &config, &pair, batch).unwrap_or_else(|e| panic!("{e}"));
+        forget_predictions(&params, &config);
         let chosen = choice.predictions.iter().find(|prediction| prediction.devices.len() == 2);
         let chosen = chosen.unwrap_or_else(|| panic!("the pair was not considered"));
         // In the order in which the planner lists them.

@@ -81,30 +81,32 @@ fn members_with_a_rank_each_give_the_bits_of_one_process_with_all_ranks() {
     }
 }
 
-/// A long prompt goes through a group in two halves: twice the sums, each of half the rows.
+/// A member on a GPU computes one half of a prompt while the group sums the other; all others do alike. Members have the room of the least.
 #[test]
 fn members_of_whatever_devices_overlap_their_halves_in_the_same_order() {
     let ids: Vec<u32> = (0..200).map(|i| i * 3 % 384).collect();
     let run = |model: &TensorParallelMistral| {
         let mut state = InferenceState::new(model.config());
-        model.prefill_logits(&mut state, &ids).unwrap()
+        model.prefill(&mut state, &ids).unwrap();
+        (state.logits().to_vec(), model.counts().unwrap()[0].submissions)
     };
-    let alone = TensorParallelMistral::load(fixture::load("gqa-headdim"), ParallelConfig::default()).unwrap();
-    let want = run(&alone);
-    let gpus = common::gpus();
-    let device = |rank: usize| if rank == 0 { Device::cpu() } else { gpus.first().cloned().unwrap_or_else(Device::cpu) };
-    for overlap in [true, false] {
+    let (want, _) = run(&TensorParallelMistral::load(fixture::load("gqa-headdim"), ParallelConfig::default()).unwrap());
+    let (gpu, layers) = (common::gpus().into_iter().next(), fixture::load("gqa-headdim").config().n_layers as u64);
+    for (overlap, gpu) in [(true, gpu.clone()), (false, gpu), (true, None)] {
         std::thread::scope(|scope| {
             for member in group(2) {
                 let (run, want) = (&run, &want);
+                // It has room for fewer pages than the other member would take.
+                let device = gpu.clone().filter(|_| member.rank > 0).unwrap_or_else(Device::cpu).with_memory_limit(8 << 20);
+                let batches = if overlap && gpu.is_some() { 2 } else { 1 };
                 scope.spawn(move || {
                     let mut config = ParallelConfig::tensor_parallel(2, member.rank);
                     config.overlap = overlap;
-                    let model =
-                        TensorParallelMistral::load_with_device(fixture::load("gqa-headdim"), config, member.clone(), device(member.rank))
-                            .unwrap();
-                    let gap = fixture::gap(&run(&model), want);
+                    let model = TensorParallelMistral::load_with_device(fixture::load("gqa-headdim"), config, member, device).unwrap();
+                    let (logits, submissions) = run(&model);
+                    let gap = fixture::gap(&logits, want);
                     assert!(gap <= 1e-3, "overlap {overlap}: {gap:e}");
+                    assert_eq!(submissions, batches * (2 * layers + 1), "overlap {overlap}");
                 });
             }
         });

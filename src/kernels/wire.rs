@@ -34,6 +34,7 @@ impl Wire {
     }
 
     /// Bytes of an element.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
     pub(crate) fn bytes(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
     }

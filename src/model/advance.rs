@@ -17,7 +17,7 @@ const LEAST_ROWS: usize = 4;
 /// Batches of more rows travel between ranks as [`ParallelConfig::wire`](crate::ParallelConfig::wire) says; what others gain is lost to the conversion.
 const FEW_ROWS: usize = 8;
 
-/// Rows of each of two batches that overlap, at least: reading the weights for both has to be cheap beside what they compute.
+/// A trip of fewer rows for each lane is one batch: reading the weights for both has to be cheap beside what they compute.
 const LEAST_OVERLAP: usize = 64;
 
 /// Which logits a call wants.
@@ -138,7 +138,7 @@ impl Grid {
         let missing: usize = sequences.iter().map(|s| s.state.tokens.len() - s.sent).sum();
         let trips = how.batches.unwrap_or(self.micro_batches).max(1);
         let most = how.chunk.min(self.room.rows).max(1);
-        let lanes = if missing / trips < self.lanes * LEAST_OVERLAP { 1 } else { self.lanes };
+        let lanes = if missing / trips < self.lanes * LEAST_OVERLAP || most < LEAST_OVERLAP { 1 } else { self.lanes };
         let batches = missing.div_ceil(most).max(trips * lanes).next_multiple_of(lanes);
         let rows = missing.div_ceil(batches).max(LEAST_ROWS).min(most);
         // Dropped on an error, they are waited for: no page is given back while a batch may write it.
@@ -175,8 +175,9 @@ impl Grid {
             while let Err(full) = sequences[part.sequence].lease.reserve(part.positions.end, usize::MAX) {
                 match (flights.is_empty(), first) {
                     (false, _) => self.land(flights, sequences)?,
-                    (true, true) => return Err(full),
-                    (true, false) => return Ok(false),
+                    (true, false) if self.members == 1 => return Ok(false),
+                    // Members of a group must send the same batches together: another might have had the pages.
+                    (true, _) => return Err(full),
                 }
             }
         }

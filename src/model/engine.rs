@@ -38,17 +38,20 @@ impl Trip {
 
     /// Gives the logits to whoever waits.
     fn arrive(self) {
-        let mut flows = self.loads.into_iter().map(|load| match load.flow {
-            Ok(Flow::Host(logits)) => Ok(logits),
-            Ok(Flow::Device(_)) => Err(Error::DriverGone("the last stage left its logits on a device".into())),
-            Err(e) => Err(e),
-        });
-        // Mostly there is but one, and nothing is copied.
-        let first = flows.next().unwrap_or_else(|| Ok(Vec::new()));
-        let logits = flows.fold(first, |all, more| {
-            let (mut all, more) = (all?, more?);
-            all.extend_from_slice(&more);
-            Ok(all)
+        // After an error, the others' rows are wherever they were left.
+        let flows: Result<Vec<Flow>> = self.loads.into_iter().map(|load| load.flow).collect();
+        let logits = flows.and_then(|flows| {
+            let host = |flow| match flow {
+                Flow::Host(logits) => Ok(logits),
+                Flow::Device(_) => Err(Error::DriverGone("the last stage left its logits on a device".into())),
+            };
+            let mut flows = flows.into_iter().map(host);
+            // Mostly there is but one, and nothing is copied.
+            let first = flows.next().unwrap_or_else(|| Ok(Vec::new()))?;
+            flows.try_fold(first, |mut all, more| {
+                all.extend_from_slice(&more?);
+                Ok(all)
+            })
         });
         // A caller that has gone away needs no answer.
         let _ = self.answer.send(logits);

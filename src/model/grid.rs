@@ -10,12 +10,13 @@ use crate::backend::{self, Assignment, BLOCK, KvType, Opened, Packing, Room, Wir
 use crate::collective::Collective;
 use crate::config::Config;
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kernels::parallel::WorkStealingStats;
 use crate::kernels::pool::Pool;
 use crate::model::engine::{Counts, Driver};
+use crate::model::group;
 use crate::model::kv::PagePool;
-use crate::model::layout::{Layout, RankInfo, lay_out, packing, rank_infos, spare};
+use crate::model::layout::{LANES, Layout, RankInfo, lay_out, overlap, packing, rank_infos, spare};
 use crate::model::parallel_config::ParallelConfig;
 use crate::model::rope::RopeTable;
 use crate::model::stage::Stage;
@@ -70,7 +71,11 @@ impl Grid {
     ) -> Result<Self> {
         let world = config.tensor.world_size;
         let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
-        let layouts = lay_out(&params, config, &partition, local, devices, collective.size());
+        let mut layouts = lay_out(&params, config, &partition, local, devices, collective.size());
+        // Members make the same sums in the same order, whatever devices they have.
+        if group::any(&*collective, layouts[0].lanes > 1)? && config.overlap {
+            overlap(&mut layouts);
+        }
         let stamp = params.stamp();
         let cache = config.cache_weights.then_some((params.path(), &stamp[..]));
         let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
@@ -83,7 +88,7 @@ impl Grid {
         let tensor = |name: &str| params.tensor(name);
 
         let (micro_batches, in_flight) = batches(config, stages);
-        let room = room(&params, config, &partition, &layouts, &ranks, packing)?;
+        let room = group::least(&*collective, room(&params, config, &partition, &layouts, &ranks, packing)?)?;
         let (mut built, mut opened) = (Vec::new(), Opened::default());
         for (index, layout) in layouts.iter().enumerate() {
             let assignments = layout.assignments(index, &params, &partition, &tensor, config.tune, packing);
@@ -108,7 +113,11 @@ impl Grid {
                 done: vec![Instant::now(); layout.groups.len()],
             });
         }
-        agree(&*collective, &params, &partition, config, room)?;
+        group::agree(&*collective, &params, &partition, config)?;
+        // Where one member of a group would have to compute a half by itself for want of pages, another might not.
+        let for_both = |window: usize| window.saturating_add(LANES * MOST_ROWS + BLOCK);
+        let is_tight = params.config().sliding_window.is_some_and(|window| room.pages.saturating_mul(BLOCK) < for_both(window));
+        let lanes = if collective.size() > 1 && is_tight { 1 } else { layouts[0].lanes };
         Ok(Self {
             rope: RopeTable::new(params.config()),
             pages: Arc::new(PagePool::new(room.pages)),
@@ -116,7 +125,7 @@ impl Grid {
             batches: AtomicU64::new(0),
             micro_batches,
             in_flight,
-            lanes: layouts[0].lanes,
+            lanes,
             wire: config.wire,
             members: collective.size(),
             params,
@@ -251,26 +260,4 @@ fn wanted_pages(model: &Config, config: &ParallelConfig) -> usize {
         },
         |positions| positions.div_ceil(page_len),
     )
-}
-
-/// All members of a group must have the same checkpoint, partition, format, room, wire and overlap, or their sums mean nothing. All see all, so that where
-/// one differs none goes on to wait for it.
-fn agree(collective: &dyn Collective, params: &Parameters, partition: &Partition, config: &ParallelConfig, room: Room) -> Result<()> {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut hasher = DefaultHasher::new();
-    params.fingerprint().hash(&mut hasher);
-    format!("{partition:?} {:?} {:?} {} {room:?}", config.weights, config.wire, config.overlap).hash(&mut hasher);
-    // 16 bits are exact in an f32.
-    let mine: Vec<f32> = hasher.finish().to_le_bytes().chunks(2).map(|b| f32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
-    let mut all = vec![0.0; mine.len() * collective.size()];
-    collective.all_gather(&mine, &vec![mine.len(); collective.size()], &mut all)?;
-    match all.chunks(mine.len()).position(|member| member != mine) {
-        None => Ok(()),
-        Some(other) => {
-            let rank = collective.rank();
-            Err(Error::Collective(format!(
-                "ranks {rank} and {other} differ in their checkpoint, their partition, the format of their weights, how sums travel, whether halves overlap, or the room of their cache"
-            )))
-        }
-    }
 }

@@ -91,7 +91,7 @@ fn memory(params: &Parameters, partition: &Partition, layouts: &[Layout], ranks:
 }
 
 /// Batches that overlap: one computes while the other is summed.
-const LANES: usize = 2;
+pub(super) const LANES: usize = 2;
 
 /// A stage as it will be: its plan, and which ranks live together.
 pub(super) struct Layout {
@@ -132,11 +132,11 @@ pub(super) fn lay_out(
             Layout { plan: mistral::record(params.config(), stage.layers.clone(), cut), groups, stays: false, lanes: 1, wire: config.wire }
         })
         .collect();
-    // While one batch is summed, places that compute on their own go on with another. Members of a group make the same sums in the same order,
-    // whatever places they have.
-    let overlaps = |layout: &Layout| layout.groups.len() > 1 && layout.groups.iter().any(|(device, _)| !device.is_cpu());
-    if config.overlap && (group_size > 1 || layouts.iter().any(overlaps)) {
-        layouts.iter_mut().for_each(|layout| layout.lanes = LANES);
+    // While one batch is summed, places that compute on their own go on with another.
+    let meets_others = |layout: &Layout| layout.groups.len() > 1 || group_size > 1;
+    let overlaps = |layout: &Layout| meets_others(layout) && layout.groups.iter().any(|(device, _)| !device.is_cpu());
+    if config.overlap && layouts.iter().any(overlaps) {
+        overlap(&mut layouts);
     }
     for stage in 1..layouts.len() {
         if let ([(this, _)], [(next, _)]) = (&layouts[stage - 1].groups[..], &layouts[stage].groups[..]) {
@@ -144,6 +144,11 @@ pub(super) fn lay_out(
         }
     }
     layouts
+}
+
+/// Lets batches overlap in all stages.
+pub(super) fn overlap(layouts: &mut [Layout]) {
+    layouts.iter_mut().for_each(|layout| layout.lanes = LANES);
 }
 
 impl Layout {

@@ -3,6 +3,7 @@
 pub(crate) mod advance;
 pub(crate) mod engine;
 pub(crate) mod grid;
+pub(crate) mod group;
 pub(crate) mod kv;
 pub(crate) mod layout;
 pub(crate) mod mistral;

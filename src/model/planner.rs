@@ -57,6 +57,9 @@ pub struct Choice {
     pub failed: Vec<(Vec<Device>, Error)>,
 }
 
+/// Goes up with every change that makes models faster or slower.
+const GENERATION: u32 = 1;
+
 /// What is kept of a prediction: its seconds, of a step and of a layer.
 #[derive(Clone, Copy, Serialize, Deserialize)]
 struct Seconds {
@@ -68,13 +71,16 @@ struct Seconds {
 fn kept(params: &Parameters, config: &ParallelConfig) -> Kept<Seconds> {
     let ParallelConfig { weights, threads, work, .. } = config;
     let version = env!("CARGO_PKG_VERSION");
-    Kept::open("predicted", format!("torchless {version}, {}, {weights:?}, {threads:?}, {work:?}", params.stamp()))
+    Kept::open("predicted", format!("torchless {version}, generation {GENERATION}, {}, {weights:?}, {threads:?}, {work:?}", params.stamp()))
 }
 
 /// What tells the grids of a model apart.
 fn name(config: &ParallelConfig, devices: &[Device], batch: usize) -> String {
     let devices: Vec<String> = devices.iter().map(Device::identity).collect();
-    format!("{devices:?}, shares {:?}, {:?} stages, {batch} sequences", config.shares, config.stages.unwrap_or(1))
+    let ParallelConfig { shares, wire, overlap, pipeline, .. } = config;
+    let stages = config.stages.unwrap_or(1);
+    let pipeline = Some(pipeline).filter(|_| stages > 1);
+    format!("{devices:?}, shares {shares:?}, {stages} stages {pipeline:?}, {batch} sequences, sums in {wire:?}, overlap {overlap}")
 }
 
 /// What [`predict`] said earlier, if it is kept: in the user's cache directory (or the one that `TORCHLESS_CACHE` names), by checkpoint, devices, drivers and

@@ -27,7 +27,7 @@ const ALL_REDUCES: usize = 8;
 pub struct AllReduceTime {
     /// Of all of it: every rank's dispatches and read-back, the sum, and the write of the sum to every rank.
     pub whole: f64,
-    /// Of the same dispatches and read-backs, without the sum and the writes.
+    /// Of the same dispatches and read-backs, without the sum and the writes; and, where sums travel in 2 bytes an element, without the dispatches that widen them.
     pub bare: f64,
     /// What the host spent of `whole` on reading and adding.
     pub host: f64,
@@ -52,25 +52,24 @@ pub fn all_reduce_times(devices: &[Device], values: usize, rows: usize, wire: Wi
         .map(|round| {
             let batch = batch(round as u64 + 1, rows, wire);
             let load = Load { batch: batch.clone(), flow: Ok(Flow::Host(vec![1.0; rows * values])) };
-            let before = stage.trace.seconds();
-            let whole = reduced(&mut stage, load)?;
-            let host =
-                stage.trace.seconds().iter().zip(&before).map(|(after, before)| after[1] + after[2] - before[1] - before[2]).sum::<f64>();
-            Ok(AllReduceTime { whole, bare: unreduced(&mut others, &batch)?, host: host / ALL_REDUCES as f64 })
+            let [whole, host] = reduced(&mut stage, load)?;
+            Ok(AllReduceTime { whole, bare: unreduced(&mut others, &batch)?, host })
         })
         .skip(1)
         .collect()
 }
 
-/// Seconds an all-reduce of a round of them.
-fn reduced(stage: &mut Stage, load: Load) -> Result<f64> {
-    let mut trip = Trip::unanswered(load);
+/// Seconds an all-reduce of a round of them: all of it, and what the host reads and adds.
+fn reduced(stage: &mut Stage, load: Load) -> Result<[f64; 2]> {
+    // By rank: computing, reading, reducing, writing.
+    let host = |stage: &Stage| stage.trace.seconds().iter().map(|rank| rank[1] + rank[2]).sum::<f64>();
+    let (mut trip, before) = (Trip::unanswered(load), host(stage));
     stage.step(0, &mut trip);
     let start = Instant::now();
     (1..=ALL_REDUCES).for_each(|segment| stage.step(segment, &mut trip));
-    let seconds = start.elapsed().as_secs_f64();
+    let seconds = [start.elapsed().as_secs_f64(), host(stage) - before];
     stage.step(ALL_REDUCES + 1, &mut trip);
-    trip.loads.remove(0).flow.map(|_| seconds / ALL_REDUCES as f64)
+    trip.loads.remove(0).flow.map(|_| seconds.map(|seconds| seconds / ALL_REDUCES as f64))
 }
 
 /// [`reduced`], but what is read is dropped and nothing is written.
