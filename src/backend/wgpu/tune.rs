@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use super::adapters::Adapter;
 use super::dispatch::{Size, fold};
 use super::gpu::{Gpu, Owner};
-use super::room::Bounds;
+use super::room::{Bounds, INT8_BLOCK};
 use super::shaders::{Finish, Kernel, Pipelines, Shape};
 use super::tuned::Tuned;
 use super::tuning::{Few, Linear, Tile, Tuning};
 use super::weights::{BLOCK, Format, TILE};
+use crate::backend::Numerics;
 use crate::device::{Device, KernelTime};
 use crate::error::{Error, Result};
 
@@ -108,19 +109,32 @@ const SEVERAL: [Few; 5] = [
 const TILES: [Tile; 3] =
     [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 2, across: 4 }];
 
+const INT8: [Tile; 3] =
+    [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 8, across: 4 }];
+
 fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Result<Linear> {
     let layer = bench.layer;
     let few = |few| Kernel::Linear(layer.format, Finish::Store, few);
     let one = bench.fastest(pipelines, &ONE.map(few), 1)?;
     let several = bench.fastest(pipelines, &SEVERAL.map(few), FEW)?;
-    let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None };
+    let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None, int8: None };
     if let Some((least, _)) = base.many {
         let workgroup = bench.gpu.device.limits().max_compute_workgroup_storage_size;
         let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.bytes() <= workgroup).collect();
         let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearTile(layer.format, Finish::Store, tile)).collect();
         let (tile, time) = bench.fastest(pipelines, &kernels, MANY)?;
-        if time < bench.time(pipelines, few(linear.few), MANY, Duration::MAX)? {
+        let several = bench.time(pipelines, few(linear.few), MANY, Duration::MAX)?;
+        if time < several {
             linear.many = Some((least, tiles[tile]));
+        }
+        if matches!(layer.format, Format::Packed(_)) {
+            let tiles: Vec<Tile> = INT8.into_iter().filter(|tile| tile.int8_bytes() <= workgroup).collect();
+            let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearInt8(layer.format, Finish::Store, tile)).collect();
+            let (tile, product) = bench.fastest(pipelines, &kernels, MANY)?;
+            let quantise = bench.time(pipelines, Kernel::Quantise, MANY, Duration::MAX)?;
+            if quantise + product < time.min(several) {
+                linear.int8 = Some((least, tiles[tile]));
+            }
         }
     }
     Ok(linear)
@@ -159,12 +173,14 @@ pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, ou
     Ok(ONE.into_iter().zip(times).enumerate().map(|(i, (few, time))| KernelTime { name: name(few), time, chosen: i == chosen }).collect())
 }
 
-/// A linear layer whose inputs are all zero.
+/// A linear layer whose inputs are all zero, in both forms.
 struct Bench<'a> {
     gpu: &'a Gpu,
     layer: Layer,
     weights: Vec<wgpu::Buffer>,
     x: wgpu::Buffer,
+    /// x in int8.
+    int8: wgpu::Buffer,
     y: wgpu::Buffer,
     shape: wgpu::Buffer,
     counts: wgpu::Buffer,
@@ -188,6 +204,7 @@ impl<'a> Bench<'a> {
             layer,
             weights,
             x: buffer(4 * MANY * columns, Usage::STORAGE)?,
+            int8: buffer(INT8_BLOCK * MANY * layer.blocks, Usage::STORAGE)?,
             y: buffer(4 * MANY * outs, Usage::STORAGE)?,
             shape: buffer(size_of::<Shape>(), Usage::UNIFORM)?,
             counts: buffer(16, Usage::UNIFORM)?,
@@ -216,15 +233,22 @@ impl<'a> Bench<'a> {
 
     /// How long a kernel takes for so many rows. It is not measured again where the first time is far above `best`.
     fn time(&self, pipelines: &mut Pipelines<'_>, kernel: Kernel, rows: usize, best: Duration) -> Result<Duration> {
-        let variants = match kernel {
-            Kernel::Linear(_, _, few) => Linear { one: few, few, many: None },
-            Kernel::LinearTile(_, _, tile) => Linear { many: Some((0, tile)), ..Tuning::HARDWARE.linear },
+        let (out, default) = (self.layer.tiles * TILE, Tuning::HARDWARE.linear);
+        let size = match kernel {
+            Kernel::Linear(_, _, few) => Size::Linear(out, Linear { one: few, few, many: None, int8: None }),
+            Kernel::LinearTile(_, _, tile) => Size::Linear(out, Linear { many: Some((0, tile)), ..default }),
+            Kernel::LinearInt8(_, _, tile) => Size::LinearInt8(out, Linear { int8: Some((0, tile)), ..default }),
+            Kernel::Quantise => Size::Elements(self.layer.blocks),
             _ => unreachable!("only linear layers are tuned"),
         };
-        let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).groups(rows, 1);
+        let (_, groups) = size.groups(rows, 1, Numerics::Fast);
         let (x, y) = fold(groups, self.gpu.device.limits().max_compute_workgroups_per_dimension as usize);
         let pipeline = self.gpu.scoped("pipelines", 0, || pipelines.get(kernel))?;
-        let bind = |weights| pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.x, &self.y]);
+        let bind = |weights| match kernel {
+            Kernel::Quantise => pipelines.bind(kernel, &self.shape, 0, &self.counts, [&self.x, &self.int8]),
+            Kernel::LinearInt8(..) => pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.int8, &self.y]),
+            _ => pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.x, &self.y]),
+        };
         let binds: Vec<_> = self.weights.iter().map(bind).collect();
         self.gpu.queue.write_buffer(&self.counts, 0, bytemuck::cast_slice(&[rows as u32, rows as u32, 0, 0]));
         let run = |n: usize| {

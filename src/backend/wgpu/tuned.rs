@@ -12,7 +12,7 @@ use super::adapters::Adapter;
 use super::tuning::Linear;
 
 /// Goes up with every change of the kernels or of what is tried.
-const GENERATION: u32 = 2;
+const GENERATION: u32 = 3;
 
 /// The choices for one adapter, its driver and this version of torchless.
 pub(super) struct Tuned {

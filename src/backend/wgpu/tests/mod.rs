@@ -2,6 +2,7 @@
 
 mod attention;
 mod faults;
+mod int8;
 mod ops;
 mod rig;
 mod shaders;
