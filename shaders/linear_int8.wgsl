@@ -52,22 +52,23 @@ fn main(
         }
         workgroupBarrier();
         for (var d = 0u; d < depth; d += 1u) {
+            let at_w = 2u * (d * ACROSS + across);
+            let at_x = 2u * d * DOWN + row;
             var low: array<vec4<u32>, N>;
             var high: array<vec4<u32>, N>;
             var scales: array<f32, N>;
             for (var j = 0u; j < N; j++) {
-                let o = 2u * across + j % 2u + 2u * SIDE * (j / 2u);
-                low[j] = tile_w[2u * d * ACROSS + o];
-                high[j] = tile_w[(2u * d + 1u) * ACROSS + o];
-                scales[j] = scales_w[d * ACROSS + o];
+                low[j] = tile_w[at_w + (j % 2u + 2u * SIDE * (j / 2u))];
+                high[j] = tile_w[at_w + (j % 2u + 2u * SIDE * (j / 2u) + ACROSS)];
+                scales[j] = scales_w[d * ACROSS + 2u * across + (j % 2u + 2u * SIDE * (j / 2u))];
             }
             for (var i = 0u; i < M; i++) {
-                let o = row + SIDE * i;
-                let low_x = tile_x[2u * d * DOWN + o];
-                let high_x = tile_x[(2u * d + 1u) * DOWN + o];
-                let scale_x = scales_x[d * DOWN + o];
+                let low_x = tile_x[at_x + SIDE * i];
+                let high_x = tile_x[at_x + (SIDE * i + DOWN)];
+                let scale_x = scales_x[d * DOWN + row + SIDE * i];
                 for (var k = 0u; k < N; k++) {
-                    sums[i][k] = fma(f32(dot16(low[k], low_x) + dot16(high[k], high_x)), scale_x * scales[k], sums[i][k]);
+                    let dot = dot16(high[k], high_x, dot16(low[k], low_x, 0));
+                    sums[i][k] = fma(f32(dot), scale_x * scales[k], sums[i][k]);
                 }
             }
         }
@@ -83,6 +84,6 @@ fn main(
     }
 }
 
-fn dot16(a: vec4<u32>, b: vec4<u32>) -> i32 {
-    return dot4I8Packed(a.x, b.x) + dot4I8Packed(a.y, b.y) + dot4I8Packed(a.z, b.z) + dot4I8Packed(a.w, b.w);
+fn dot16(a: vec4<u32>, b: vec4<u32>, sum: i32) -> i32 {
+    return sum + dot4I8Packed(a.x, b.x) + dot4I8Packed(a.y, b.y) + dot4I8Packed(a.z, b.z) + dot4I8Packed(a.w, b.w);
 }
