@@ -128,16 +128,20 @@ fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Res
             linear.many = Some((least, tiles[tile]));
         }
         if matches!(layer.format, Format::Packed(_)) {
-            let tiles: Vec<Tile> = INT8.into_iter().filter(|tile| tile.int8_bytes() <= workgroup).collect();
-            let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearInt8(layer.format, Finish::Store, tile)).collect();
-            let (tile, product) = bench.fastest(pipelines, &kernels, MANY)?;
-            let quantise = bench.time(pipelines, Kernel::Quantise, MANY, Duration::MAX)?;
-            if quantise + product < time.min(several) {
-                linear.int8 = Some((least, tiles[tile]));
-            }
+            linear.int8 = int8(pipelines, bench, time.min(several))?.map(|tile| (least, tile));
         }
     }
     Ok(linear)
+}
+
+/// The fastest workgroup for int8 activations, if it takes less than `other`, the quantising included.
+fn int8(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, other: Duration) -> Result<Option<Tile>> {
+    let workgroup = bench.gpu.device.limits().max_compute_workgroup_storage_size;
+    let tiles: Vec<Tile> = INT8.into_iter().filter(|tile| tile.int8_bytes() <= workgroup).collect();
+    let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearInt8(bench.layer.format, Finish::Store, tile)).collect();
+    let (tile, product) = bench.fastest(pipelines, &kernels, MANY)?;
+    let quantise = bench.time(pipelines, Kernel::Quantise, MANY, Duration::MAX)?;
+    Ok((quantise + product < other).then(|| tiles[tile]))
 }
 
 /// How long every variant for one row takes, measured in turn for several rounds, and which one a model would take after its short measurement.
@@ -278,5 +282,28 @@ impl<'a> Bench<'a> {
             time = time.min(run(n)?);
         }
         Ok(time)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::wgpu::tests::gpus;
+    use crate::kernels::quant::QuantFormat;
+
+    #[test]
+    fn int8_is_chosen_only_where_it_takes_less_than_the_best_other() {
+        for device in gpus() {
+            let adapter = device.adapter().unwrap();
+            let owner = Owner { stage: 0, ranks: vec![0], device: device.to_string() };
+            let gpu = Gpu::open(adapter, Bounds::of(&device, adapter).binding, owner).unwrap();
+            let layer = Layer { format: Format::Packed(QuantFormat::Q4_0), blocks: 9, tiles: 5 };
+            let weights = gpu.buffer("weights", layer.bytes() as u64, wgpu::BufferUsages::STORAGE).unwrap();
+            let bench = Bench::new(&gpu, layer, vec![weights]).unwrap();
+            let mut pipelines = Pipelines::new(&gpu.device, Tuning::of(adapter), 64);
+            assert_eq!(int8(&mut pipelines, &bench, Duration::ZERO).unwrap(), None, "{device}");
+            let tile = int8(&mut pipelines, &bench, Duration::MAX).unwrap();
+            assert!(tile.is_some_and(|tile| INT8.contains(&tile)), "{device}: {tile:?}");
+        }
     }
 }

@@ -94,7 +94,7 @@ fn write(path: &Path, contents: &Contents) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::wgpu::tuning::{Few, Tuning};
+    use crate::backend::wgpu::tuning::{Few, Tile, Tuning};
 
     fn at(directory: &Path, of: &str) -> Tuned {
         Tuned::in_directory(Some(directory), of.into(), 32 << 10)
@@ -131,7 +131,8 @@ mod tests {
         }
         // Numbers that no kernel can have, and more memory than a workgroup has.
         let odd = |tiles, slices| Linear { one: Few { tiles, rows: 1, slices }, ..linear };
-        for odd in [odd(0, 999), odd(16, 16), odd(1, 3)] {
+        let large = Linear { int8: Some((9, Tile { side: 16, down: 9, across: 4 })), ..linear };
+        for odd in [odd(0, 999), odd(16, 16), odd(1, 3), large] {
             at(directory.path(), "a card").keep("a layer".into(), odd);
             assert_eq!(at(directory.path(), "a card").get("a layer"), None, "{odd:?}");
         }

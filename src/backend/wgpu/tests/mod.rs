@@ -8,3 +8,5 @@ mod rig;
 mod shaders;
 mod stages;
 mod wire;
+
+pub(super) use rig::gpus;

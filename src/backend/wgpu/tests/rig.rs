@@ -25,7 +25,7 @@ use crate::partition::{RankPartition, StagePartition};
 use crate::plan::{Plan, Recorder, SegmentId};
 
 /// Every adapter of this machine. Where there is none, says so, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
-pub(super) fn gpus() -> Vec<Device> {
+pub(in crate::backend::wgpu) fn gpus() -> Vec<Device> {
     gpus_named("")
 }
 
