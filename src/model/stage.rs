@@ -124,6 +124,7 @@ impl Stage {
     /// Waits for every place that computes for a lane, whether or not one fails.
     fn wait_for_all(&mut self, lane: Lane, batch: &Batch) -> Result<()> {
         let waited = (0..self.places.len()).map(|place| self.wait(lane, place, batch));
+        #[expect(clippy::manual_try_fold)] // it would leave places behind the first that fails to themselves
         waited.fold(Ok(()), |all, one| all.and(one))
     }
 

@@ -3,7 +3,7 @@
 use super::shaders::ELEMENTS;
 use super::tuning::Linear;
 use super::weights::TILE;
-use crate::backend::{BLOCK, Batch, KvType, Lane, Row};
+use crate::backend::{BLOCK, Batch, KvType, Lane, Numerics, Row};
 use crate::plan::Rows;
 
 /// How many workgroups a dispatch needs.
@@ -15,6 +15,10 @@ pub(super) enum Size {
     Elements(usize),
     /// A linear layer's, with so many rows of its weight.
     Linear(usize, Linear),
+    /// The same linear layer's by int8 activations, of the batches that it takes them for.
+    LinearInt8(usize, Linear),
+    /// What makes them, of so many blocks a row.
+    Quantise(usize, Linear),
     /// Attention's, with so many heads, each split into spans of positions.
     Spans(usize, Option<Split>),
     /// [`Self::Elements`] of what merges several spans.
@@ -63,15 +67,19 @@ pub(super) struct Dispatch {
 
 impl Size {
     /// Which of its pipelines takes so many rows, whose attention is split so, and in how many workgroups.
-    pub(super) fn groups(self, rows: usize, spans: usize) -> (usize, usize) {
+    pub(super) fn groups(self, rows: usize, spans: usize, numerics: Numerics) -> (usize, usize) {
         match self {
             Self::Groups(n) => (0, rows * n),
             Self::Spans(n, _) => (0, rows * n * spans),
             Self::Merge(..) if spans == 1 => (0, 0),
             Self::Elements(n) | Self::Merge(n, _) => (0, (rows * n).div_ceil(ELEMENTS as usize)),
-            Self::Linear(out, Linear { many: Some((least, tile)), .. }) if rows >= least => {
-                (2, rows.div_ceil((tile.side * tile.down) as usize) * out.div_ceil((tile.side * tile.across) as usize))
-            }
+            Self::Quantise(blocks, linear) => match linear.int8_for(rows, numerics) {
+                Some(_) => Self::Elements(blocks).groups(rows, spans, numerics),
+                None => (0, 0),
+            },
+            Self::LinearInt8(out, linear) => (0, linear.int8_for(rows, numerics).map_or(0, |tile| tile.groups(rows, out))),
+            Self::Linear(_, linear) if linear.int8_for(rows, numerics).is_some() => (0, 0),
+            Self::Linear(out, Linear { many: Some((least, tile)), .. }) if rows >= least => (2, tile.groups(rows, out)),
             Self::Linear(out, Linear { one, few, .. }) => {
                 let (i, variant) = if rows == 1 { (0, one) } else { (1, few) };
                 (i, rows.div_ceil(variant.rows as usize) * out.div_ceil(TILE).div_ceil(variant.tiles as usize))
@@ -87,7 +95,7 @@ impl Dispatch {
     /// `most`: workgroups in one dimension of a grid.
     pub(super) fn encode(&self, pass: &mut wgpu::ComputePass<'_>, lane: Lane, batch: &Batch, most: u32, times: u32) -> u32 {
         let [spans, _] = if let Size::Spans(_, split) | Size::Merge(_, split) = self.size { Split::spans(split, batch) } else { [1, 0] };
-        let (pipeline, groups) = self.size.groups(self.rows.of(batch), spans as usize);
+        let (pipeline, groups) = self.size.groups(self.rows.of(batch), spans as usize, batch.numerics);
         if groups == 0 {
             return 0;
         }
@@ -109,7 +117,7 @@ pub(super) fn fold(groups: usize, most: usize) -> (u32, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::{Numerics, Wire};
+    use crate::backend::Wire;
 
     #[test]
     fn spans_cover_all_positions_and_are_never_too_many() {

@@ -7,7 +7,8 @@ use super::moment::Moment;
 use super::room::{self, Bounds, Part};
 use super::shaders::{Finish, Kernel, Pipelines, Shape};
 use super::tune::{Layer, Tuner};
-use super::weights::{GpuWeight, Source, TILE};
+use super::tuning::Linear;
+use super::weights::{BLOCK, Format, GpuWeight, Source, TILE};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
 use crate::backend::{Assignment, KvType, Lane, Room, Wire};
@@ -93,6 +94,10 @@ pub(super) struct Lowerer<'a> {
     split: Option<Split>,
     /// Rows of sums in 2 bytes an element, coming or going; empty unless that is how they travel.
     wire: wgpu::Buffer,
+    /// The input of a linear layer in int8, once one takes it so: all share it, one after the other.
+    int8: Option<wgpu::Buffer>,
+    /// Of which activation it is when the step's next dispatch runs, and from how many rows on.
+    int8_of: Option<(wgpu::Buffer, usize)>,
     /// What attention leaves of every span of a batch's rows. All layers and ranks share it, one after the other.
     parts: wgpu::Buffer,
     /// `[layer][rank]`.
@@ -142,6 +147,8 @@ impl<'a> Lowerer<'a> {
             room,
             split,
             wire,
+            int8: None,
+            int8_of: None,
             parts,
             caches,
             calls: Vec::new(),
@@ -194,6 +201,7 @@ impl<'a> Lowerer<'a> {
     }
 
     fn step(&mut self, step: &Step) -> Result<()> {
+        self.int8_of = None;
         match *step {
             Step::Norm { add, x, y, weight } => self.norm(add, x, y, weight),
             Step::Linear { x, ref to, sum } => to.iter().try_for_each(|&(weight, y)| self.linear(x, y, weight, sum)),
@@ -295,7 +303,10 @@ impl<'a> Lowerer<'a> {
         }
         for block in &weight.blocks {
             let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
-            let variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
+            let mut variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
+            if matches!(weight.format, Format::Stored(_)) {
+                variants.int8 = None;
+            }
             let shape = Shape {
                 blocks: weight.blocks_of_columns as u32,
                 out: block.rows as u32,
@@ -307,10 +318,33 @@ impl<'a> Lowerer<'a> {
                 let few = [variants.one, variants.few].map(|few| Kernel::Linear(format, finish, few));
                 few.into_iter().chain(variants.many.map(|(_, tile)| Kernel::LinearTile(format, finish, tile))).collect()
             };
-            let buffers = [&block.buffer, &x.buffer].into_iter().chain(buffers.iter().copied()).cloned().collect();
-            self.call(x.rows, Size::Linear(block.rows, variants), kernels, shape, buffers)?;
+            let all = |x| [&block.buffer, x].into_iter().chain(buffers.iter().copied()).cloned().collect();
+            self.call(x.rows, Size::Linear(block.rows, variants), kernels, shape, all(&x.buffer))?;
+            if let Some((least, tile)) = variants.int8 {
+                let kernels = |kv| vec![Kernel::LinearInt8(weight.format, finish(kv), tile)];
+                let quantised = self.quantise(x, least, variants)?;
+                self.call(x.rows, Size::LinearInt8(block.rows, variants), kernels, shape, all(&quantised))?;
+            }
         }
         Ok(())
+    }
+
+    /// Where an activation is in int8, from so many rows on.
+    fn quantise(&mut self, x: &Activation, least: usize, variants: Linear) -> Result<wgpu::Buffer> {
+        let quantised = match &self.int8 {
+            Some(quantised) => quantised.clone(),
+            None => {
+                let bytes = room::int8_bytes(self.assignment, self.room).max(16) as u64;
+                self.int8.insert(self.gpu.buffer("activations in int8", bytes, wgpu::BufferUsages::STORAGE)?).clone()
+            }
+        };
+        let of = Some((x.buffer.clone(), least));
+        if self.int8_of != of {
+            let buffers = vec![x.buffer.clone(), quantised.clone()];
+            self.call(x.rows, Size::Quantise(x.stride() / BLOCK, variants), |_| vec![Kernel::Quantise], Shape::of(x), buffers)?;
+            self.int8_of = of;
+        }
+        Ok(quantised)
     }
 
     fn attend(&mut self, layer: usize, q: Buf, y: Buf) -> Result<()> {
@@ -389,7 +423,13 @@ impl<'a> Lowerer<'a> {
         shape: Shape,
         buffers: Vec<wgpu::Buffer>,
     ) -> Result<()> {
-        let (Size::Groups(n) | Size::Elements(n) | Size::Linear(n, _) | Size::Spans(n, _) | Size::Merge(n, _)) = size;
+        let (Size::Groups(n)
+        | Size::Elements(n)
+        | Size::Linear(n, _)
+        | Size::LinearInt8(n, _)
+        | Size::Quantise(n, _)
+        | Size::Spans(n, _)
+        | Size::Merge(n, _)) = size;
         if n == 0 {
             return Ok(());
         }
@@ -428,7 +468,7 @@ impl<'a> Lowerer<'a> {
             };
             let binds = (0..=twins.0.len()).map(&mut bind).collect::<Result<_>>()?;
             let Call { rows, size, pipelines, shape, .. } = call;
-            let repeats = matches!(size, Size::Linear(..)) && shape.accumulate == 0;
+            let repeats = matches!(size, Size::Linear(..) | Size::LinearInt8(..)) && shape.accumulate == 0;
             dispatches.push(Dispatch { rows, size, pipelines, repeats, binds });
         }
         if let Some(packer) = self.packer {

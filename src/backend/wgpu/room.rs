@@ -89,7 +89,18 @@ pub(super) fn split(bounds: Bounds, assignment: &Assignment<'_>, positions: Opti
     positions.filter(|_| most > 1).map(|positions| Split { positions, most: most.min(MOST_SPANS) as u32, window })
 }
 
-/// Bytes of a place's activations, at most, of what is read of them, and of what attention leaves of spans.
+/// Bytes of the widest input of a linear layer in int8, with scales.
+pub(super) fn int8_bytes(assignment: &Assignment<'_>, room: Room) -> usize {
+    // Logits are no input.
+    let inputs = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].dim != Dim::Vocab);
+    let widest = inputs.flat_map(|i| parts(assignment, Buf(i))).map(Part::stride).max().unwrap_or(0);
+    room.rows * widest / super::weights::BLOCK * INT8_BLOCK
+}
+
+/// Bytes of a block of a row of int8 activations, as shaders/quantise.wgsl writes it.
+pub(super) const INT8_BLOCK: usize = 48;
+
+/// Bytes of a place's activations, at most, of what is read of them, of what attention leaves of spans, and of a linear layer's input in int8.
 fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
     let bytes = |i: usize| {
         let rows = if assignment.plan.bufs[i].rows == Rows::All { room.rows } else { room.wanted };
@@ -103,7 +114,8 @@ fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
     let lanes = assignment.lanes as u64;
     let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
     let wire = if assignment.wire == Wire::F32 { 0 } else { own / 2 };
-    all.clone().sum::<u64>() + (lanes - 1) * own + lanes * all.max().unwrap_or(0) + spans + wire
+    let int8 = assignment.packing.as_ref().map_or(0, |_| int8_bytes(assignment, room)) as u64;
+    all.clone().sum::<u64>() + (lanes - 1) * own + lanes * all.max().unwrap_or(0) + spans + wire + int8
 }
 
 /// What of `want` fits.

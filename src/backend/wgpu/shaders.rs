@@ -1,7 +1,7 @@
 //! The kernels: which WGSL files make a module, what they bind, and the pipelines of one device.
 //!
 //! Module-scope order is free in WGSL, so concatenation is the linker: a module is the prelude, the kernel, and the fragments
-//! that it calls (`block4`, `finish`, `group_sum`, `kv_pair`, `narrow4`).
+//! that it calls (`block4`, `int8x16`, `finish`, `group_sum`, `kv_pair`, `narrow4`).
 
 mod unroll;
 
@@ -21,6 +21,8 @@ pub(super) enum Kernel {
     RmsNorm,
     Linear(Format, Finish, Few),
     LinearTile(Format, Finish, Tile),
+    LinearInt8(Format, Finish, Tile),
+    Quantise,
     Attend(KvType),
     AttendMerge,
     Add,
@@ -52,6 +54,8 @@ impl Kernel {
             Self::RmsNorm => include_str!("../../../shaders/rms_norm.wgsl"),
             Self::Linear(..) => include_str!("../../../shaders/linear.wgsl"),
             Self::LinearTile(..) => include_str!("../../../shaders/linear_tile.wgsl"),
+            Self::LinearInt8(..) => include_str!("../../../shaders/linear_int8.wgsl"),
+            Self::Quantise => include_str!("../../../shaders/quantise.wgsl"),
             Self::Attend(_) => include_str!("../../../shaders/attend.wgsl"),
             Self::AttendMerge => include_str!("../../../shaders/attend_merge.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
@@ -64,7 +68,9 @@ impl Kernel {
     /// Of a linear layer: how its weight is held, and what becomes of its outputs.
     fn linear(self) -> Option<(Format, Finish)> {
         match self {
-            Self::Linear(format, finish, _) | Self::LinearTile(format, finish, _) => Some((format, finish)),
+            Self::Linear(format, finish, _) | Self::LinearTile(format, finish, _) | Self::LinearInt8(format, finish, _) => {
+                Some((format, finish))
+            }
             _ => None,
         }
     }
@@ -77,8 +83,11 @@ impl Kernel {
     /// The type of the pages that it touches.
     fn kv(self) -> Option<KvType> {
         match self {
-            Self::Attend(kv) | Self::Linear(_, Finish::Qkv(kv), _) | Self::LinearTile(_, Finish::Qkv(kv), _) => Some(kv),
-            _ => None,
+            Self::Attend(kv) => Some(kv),
+            _ => match self.linear() {
+                Some((_, Finish::Qkv(kv))) => Some(kv),
+                _ => None,
+            },
         }
     }
 
@@ -86,12 +95,12 @@ impl Kernel {
     pub(super) fn bindings(self) -> &'static [Access] {
         match self {
             Self::RmsNorm => &[Read, Write, Write, Read],
-            Self::Linear(_, finish, _) | Self::LinearTile(_, finish, _) => match finish {
+            Self::Linear(_, finish, _) | Self::LinearTile(_, finish, _) | Self::LinearInt8(_, finish, _) => match finish {
                 Finish::Store | Finish::SwiGlu => &[Read, Read, Write],
                 Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             },
             Self::Attend(_) => &[Read, Write, Read, Read, Read, Read, Write],
-            Self::AttendMerge | Self::Narrow(_) | Self::Widen(_) => &[Read, Write],
+            Self::Quantise | Self::AttendMerge | Self::Narrow(_) | Self::Widen(_) => &[Read, Write],
             Self::Add => &[Write, Read],
             Self::TakeRows => &[Read, Write, Read],
         }
@@ -112,6 +121,16 @@ impl Format {
                 [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")]
             }
             Self::Packed(QuantFormat::Iq4Nl) => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
+        }
+    }
+
+    /// What gives the weights as int8, where they are such times a scale.
+    fn int8_source(self) -> &'static str {
+        match self {
+            Self::Stored(_) => "",
+            Self::Packed(QuantFormat::Q8_0) => include_str!("../../../shaders/weights/int8/q8_0.wgsl"),
+            Self::Packed(QuantFormat::Q4_0) => include_str!("../../../shaders/weights/int8/q4_0.wgsl"),
+            Self::Packed(QuantFormat::Iq4Nl) => include_str!("../../../shaders/weights/int8/iq4_nl.wgsl"),
         }
     }
 }
@@ -148,6 +167,9 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     if let Some((format, finish)) = kernel.linear() {
         parts.push(include_str!("../../../shaders/weights/blocks.wgsl"));
         parts.extend(format.sources(tuning));
+        if matches!(kernel, Kernel::LinearInt8(..)) {
+            parts.push(format.int8_source());
+        }
         parts.push(match finish {
             Finish::Store => include_str!("../../../shaders/finish/store.wgsl"),
             Finish::SwiGlu => include_str!("../../../shaders/finish/swiglu.wgsl"),
@@ -172,7 +194,9 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
     }
     let constants = match kernel {
         Kernel::Linear(.., Few { tiles, rows, slices }) => vec![("TILES", tiles), ("ROWS", rows), ("SLICES", slices)],
-        Kernel::LinearTile(.., Tile { side, down, across }) => vec![("SIDE", side), ("M", down), ("N", across), ("HALF_N", across / 2)],
+        Kernel::LinearTile(.., Tile { side, down, across }) | Kernel::LinearInt8(.., Tile { side, down, across }) => {
+            vec![("SIDE", side), ("M", down), ("N", across), ("HALF_N", across / 2)]
+        }
         _ => vec![],
     };
     let written = constants.iter().map(|(name, value)| format!("const {name}: u32 = {value}u;\n")).collect::<String>();
@@ -192,10 +216,10 @@ pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<
         Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
         // Attention has a lane for each position of a block.
         Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
-        Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows | Kernel::Narrow(_) | Kernel::Widen(_) => {
+        Kernel::Quantise | Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows | Kernel::Narrow(_) | Kernel::Widen(_) => {
             all.push(("WG", f64::from(ELEMENTS)))
         }
-        Kernel::Linear(..) | Kernel::LinearTile(..) => {}
+        Kernel::Linear(..) | Kernel::LinearTile(..) | Kernel::LinearInt8(..) => {}
     }
     if let Some(kv) = kernel.kv() {
         all.push(("KV_F16", f64::from(u8::from(kv == KvType::F16))));

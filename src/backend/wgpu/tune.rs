@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use super::adapters::Adapter;
 use super::dispatch::{Size, fold};
 use super::gpu::{Gpu, Owner};
-use super::room::Bounds;
+use super::room::{Bounds, INT8_BLOCK};
 use super::shaders::{Finish, Kernel, Pipelines, Shape};
 use super::tuned::Tuned;
 use super::tuning::{Few, Linear, Tile, Tuning};
 use super::weights::{BLOCK, Format, TILE};
+use crate::backend::Numerics;
 use crate::device::{Device, KernelTime};
 use crate::error::{Error, Result};
 
@@ -108,22 +109,39 @@ const SEVERAL: [Few; 5] = [
 const TILES: [Tile; 3] =
     [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 2, across: 4 }];
 
+const INT8: [Tile; 3] =
+    [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 8, across: 4 }];
+
 fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Result<Linear> {
     let layer = bench.layer;
     let few = |few| Kernel::Linear(layer.format, Finish::Store, few);
     let one = bench.fastest(pipelines, &ONE.map(few), 1)?;
     let several = bench.fastest(pipelines, &SEVERAL.map(few), FEW)?;
-    let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None };
+    let mut linear = Linear { one: ONE[one.0], few: SEVERAL[several.0], many: None, int8: None };
     if let Some((least, _)) = base.many {
         let workgroup = bench.gpu.device.limits().max_compute_workgroup_storage_size;
         let tiles: Vec<Tile> = TILES.into_iter().filter(|tile| tile.bytes() <= workgroup).collect();
         let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearTile(layer.format, Finish::Store, tile)).collect();
         let (tile, time) = bench.fastest(pipelines, &kernels, MANY)?;
-        if time < bench.time(pipelines, few(linear.few), MANY, Duration::MAX)? {
+        let several = bench.time(pipelines, few(linear.few), MANY, Duration::MAX)?;
+        if time < several {
             linear.many = Some((least, tiles[tile]));
+        }
+        if matches!(layer.format, Format::Packed(_)) {
+            linear.int8 = int8(pipelines, bench, time.min(several))?.map(|tile| (least, tile));
         }
     }
     Ok(linear)
+}
+
+/// The fastest workgroup for int8 activations, if it takes less than `other`, the quantising included.
+fn int8(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, other: Duration) -> Result<Option<Tile>> {
+    let workgroup = bench.gpu.device.limits().max_compute_workgroup_storage_size;
+    let tiles: Vec<Tile> = INT8.into_iter().filter(|tile| tile.int8_bytes() <= workgroup).collect();
+    let kernels: Vec<_> = tiles.iter().map(|&tile| Kernel::LinearInt8(bench.layer.format, Finish::Store, tile)).collect();
+    let (tile, product) = bench.fastest(pipelines, &kernels, MANY)?;
+    let quantise = bench.time(pipelines, Kernel::Quantise, MANY, Duration::MAX)?;
+    Ok((quantise + product < other).then(|| tiles[tile]))
 }
 
 /// How long every variant for one row takes, measured in turn for several rounds, and which one a model would take after its short measurement.
@@ -159,12 +177,14 @@ pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, ou
     Ok(ONE.into_iter().zip(times).enumerate().map(|(i, (few, time))| KernelTime { name: name(few), time, chosen: i == chosen }).collect())
 }
 
-/// A linear layer whose inputs are all zero.
+/// A linear layer whose inputs are all zero, in both forms.
 struct Bench<'a> {
     gpu: &'a Gpu,
     layer: Layer,
     weights: Vec<wgpu::Buffer>,
     x: wgpu::Buffer,
+    /// x in int8.
+    int8: wgpu::Buffer,
     y: wgpu::Buffer,
     shape: wgpu::Buffer,
     counts: wgpu::Buffer,
@@ -188,6 +208,7 @@ impl<'a> Bench<'a> {
             layer,
             weights,
             x: buffer(4 * MANY * columns, Usage::STORAGE)?,
+            int8: buffer(INT8_BLOCK * MANY * layer.blocks, Usage::STORAGE)?,
             y: buffer(4 * MANY * outs, Usage::STORAGE)?,
             shape: buffer(size_of::<Shape>(), Usage::UNIFORM)?,
             counts: buffer(16, Usage::UNIFORM)?,
@@ -200,9 +221,17 @@ impl<'a> Bench<'a> {
     fn fastest(&self, pipelines: &mut Pipelines<'_>, kernels: &[Kernel], rows: usize) -> Result<(usize, Duration)> {
         let mut times = Vec::new();
         let mut best = Duration::MAX;
+        let mut failed = None;
         for &kernel in kernels {
-            times.push(self.time(pipelines, kernel, rows, best)?);
+            // What a driver can't compile is out, as long as the device lives and there is another.
+            times.push(self.time(pipelines, kernel, rows, best).or_else(|e| {
+                failed = Some(e);
+                self.gpu.check().map(|()| Duration::MAX)
+            })?);
             best = best.min(times[times.len() - 1]);
+        }
+        if let Some(e) = failed.filter(|_| best == Duration::MAX) {
+            return Err(e);
         }
         // Those that are close to the best once more, now that all are compiled.
         let close = best.saturating_add(best / 4);
@@ -216,15 +245,22 @@ impl<'a> Bench<'a> {
 
     /// How long a kernel takes for so many rows. It is not measured again where the first time is far above `best`.
     fn time(&self, pipelines: &mut Pipelines<'_>, kernel: Kernel, rows: usize, best: Duration) -> Result<Duration> {
-        let variants = match kernel {
-            Kernel::Linear(_, _, few) => Linear { one: few, few, many: None },
-            Kernel::LinearTile(_, _, tile) => Linear { many: Some((0, tile)), ..Tuning::HARDWARE.linear },
+        let (out, default) = (self.layer.tiles * TILE, Tuning::HARDWARE.linear);
+        let size = match kernel {
+            Kernel::Linear(_, _, few) => Size::Linear(out, Linear { one: few, few, many: None, int8: None }),
+            Kernel::LinearTile(_, _, tile) => Size::Linear(out, Linear { many: Some((0, tile)), ..default }),
+            Kernel::LinearInt8(_, _, tile) => Size::LinearInt8(out, Linear { int8: Some((0, tile)), ..default }),
+            Kernel::Quantise => Size::Elements(self.layer.blocks),
             _ => unreachable!("only linear layers are tuned"),
         };
-        let (_, groups) = Size::Linear(self.layer.tiles * TILE, variants).groups(rows, 1);
+        let (_, groups) = size.groups(rows, 1, Numerics::Fast);
         let (x, y) = fold(groups, self.gpu.device.limits().max_compute_workgroups_per_dimension as usize);
         let pipeline = self.gpu.scoped("pipelines", 0, || pipelines.get(kernel))?;
-        let bind = |weights| pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.x, &self.y]);
+        let bind = |weights| match kernel {
+            Kernel::Quantise => pipelines.bind(kernel, &self.shape, 0, &self.counts, [&self.x, &self.int8]),
+            Kernel::LinearInt8(..) => pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.int8, &self.y]),
+            _ => pipelines.bind(kernel, &self.shape, 0, &self.counts, [weights, &self.x, &self.y]),
+        };
         let binds: Vec<_> = self.weights.iter().map(bind).collect();
         self.gpu.queue.write_buffer(&self.counts, 0, bytemuck::cast_slice(&[rows as u32, rows as u32, 0, 0]));
         let run = |n: usize| {
@@ -254,5 +290,28 @@ impl<'a> Bench<'a> {
             time = time.min(run(n)?);
         }
         Ok(time)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::wgpu::tests::gpus;
+    use crate::kernels::quant::QuantFormat;
+
+    #[test]
+    fn int8_is_chosen_only_where_it_takes_less_than_the_best_other() {
+        for device in gpus() {
+            let adapter = device.adapter().unwrap();
+            let owner = Owner { stage: 0, ranks: vec![0], device: device.to_string() };
+            let gpu = Gpu::open(adapter, Bounds::of(&device, adapter).binding, owner).unwrap();
+            let layer = Layer { format: Format::Packed(QuantFormat::Q4_0), blocks: 9, tiles: 5 };
+            let weights = gpu.buffer("weights", layer.bytes() as u64, wgpu::BufferUsages::STORAGE).unwrap();
+            let bench = Bench::new(&gpu, layer, vec![weights]).unwrap();
+            let mut pipelines = Pipelines::new(&gpu.device, Tuning::of(adapter), 64);
+            assert_eq!(int8(&mut pipelines, &bench, Duration::ZERO).unwrap(), None, "{device}");
+            let tile = int8(&mut pipelines, &bench, Duration::MAX).unwrap();
+            assert!(tile.is_some_and(|tile| INT8.contains(&tile)), "{device}: {tile:?}");
+        }
     }
 }

@@ -5,7 +5,7 @@ use super::tuning::Linear;
 use crate::kept::Kept;
 
 /// Goes up with every change of the kernels or of what is tried.
-const GENERATION: u32 = 2;
+const GENERATION: u32 = 3;
 
 /// The choices for one adapter, its driver and this version of torchless, by the format and size of a layer.
 pub(super) struct Tuned {
@@ -38,7 +38,7 @@ impl Tuned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::wgpu::tuning::{Few, Tuning};
+    use crate::backend::wgpu::tuning::{Few, Tile, Tuning};
 
     #[test]
     fn numbers_that_no_kernel_can_have_or_that_need_too_much_memory_are_not_taken() {
@@ -46,7 +46,8 @@ mod tests {
         let linear = Tuning::HARDWARE.linear;
         let at = |workgroup| Tuned { kept: Kept::in_directory(Some(directory.path()), "tuned", "a card".into()), workgroup };
         let odd = |tiles, slices| Linear { one: Few { tiles, rows: 1, slices }, ..linear };
-        for odd in [odd(0, 999), odd(16, 16), odd(1, 3)] {
+        let large = Linear { int8: Some((9, Tile { side: 16, down: 9, across: 4 })), ..linear };
+        for odd in [odd(0, 999), odd(16, 16), odd(1, 3), large] {
             at(32 << 10).keep("a layer".into(), odd);
             assert_eq!(at(32 << 10).get("a layer"), None, "{odd:?}");
         }

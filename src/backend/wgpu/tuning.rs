@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::adapters::Adapter;
+use crate::backend::Numerics;
 
 /// How a workgroup reduces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,7 +25,7 @@ pub(super) struct Few {
     pub slices: u32,
 }
 
-/// A workgroup of `shaders/linear_tile.wgsl`.
+/// A workgroup of `shaders/linear_tile.wgsl` or `linear_int8.wgsl`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub(super) struct Tile {
     /// It has this many invocations, squared.
@@ -44,6 +45,8 @@ pub(super) struct Linear {
     pub few: Few,
     /// For many: from how many on.
     pub many: Option<(usize, Tile)>,
+    /// For as many in fast numerics, by int8 activations.
+    pub int8: Option<(usize, Tile)>,
 }
 
 /// Bytes of a workgroup's memory that the levels of iq4_nl take.
@@ -53,6 +56,21 @@ impl Tile {
     /// Of a workgroup's memory: both operands, and the levels.
     pub(super) fn bytes(self) -> u32 {
         self.side * (self.down + self.across) * 8 * 16 + LEVELS
+    }
+
+    /// The same of `linear_int8.wgsl`: two blocks of columns of both, with their scales.
+    pub(super) fn int8_bytes(self) -> u32 {
+        self.side * (self.down + self.across) * 2 * (2 * 16 + 4) + LEVELS
+    }
+
+    /// Workgroups for so many rows and outputs.
+    pub(super) fn groups(self, rows: usize, out: usize) -> usize {
+        rows.div_ceil((self.side * self.down) as usize) * out.div_ceil((self.side * self.across) as usize)
+    }
+
+    fn is_sane(self, bytes: u32, workgroup: u32) -> bool {
+        let Self { side, down, across } = self;
+        [8, 16].contains(&side) && (1..=8).contains(&down) && [2, 4, 6, 8].contains(&across) && bytes <= workgroup
     }
 }
 
@@ -65,11 +83,14 @@ impl Linear {
                 && slices.is_power_of_two()
                 && 4 * 16 * tiles * rows * slices + LEVELS <= workgroup.min(8 << 10)
         });
-        let many = self.many.is_none_or(|(_, tile)| {
-            let Tile { side, down, across } = tile;
-            [8, 16].contains(&side) && (1..=8).contains(&down) && [2, 4, 6, 8].contains(&across) && tile.bytes() <= workgroup
-        });
-        few && many && self.one.rows == 1
+        let many = self.many.is_none_or(|(_, tile)| tile.is_sane(tile.bytes(), workgroup));
+        let int8 = self.int8.is_none_or(|(_, tile)| tile.is_sane(tile.int8_bytes(), workgroup));
+        few && many && int8 && self.one.rows == 1
+    }
+
+    /// By which workgroups so many rows of int8 activations are multiplied, if they are.
+    pub(super) fn int8_for(&self, rows: usize, numerics: Numerics) -> Option<Tile> {
+        self.int8.filter(|&(least, _)| numerics == Numerics::Fast && rows >= least).map(|(_, tile)| tile)
     }
 }
 
@@ -101,7 +122,12 @@ impl Tuning {
                 unrolled: false,
                 // A row has more heads than there are cores.
                 span: None,
-                linear: Linear { one: Few { tiles: 4, rows: 1, slices: 1 }, few: Few { tiles: 4, rows: 4, slices: 1 }, many: None },
+                linear: Linear {
+                    one: Few { tiles: 4, rows: 1, slices: 1 },
+                    few: Few { tiles: 4, rows: 4, slices: 1 },
+                    many: None,
+                    int8: None,
+                },
             };
         }
         let mut tuning = Self::HARDWARE;
@@ -126,6 +152,8 @@ impl Tuning {
             one: Few { tiles: 1, rows: 1, slices: 8 },
             few: Few { tiles: 1, rows: 4, slices: 8 },
             many: Some((9, Tile { side: 16, down: 4, across: 4 })),
+            // Not every card multiplies packed int8 in one instruction, and wgpu doesn't say which: measuring does.
+            int8: None,
         },
     };
 }

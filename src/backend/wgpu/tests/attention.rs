@@ -8,10 +8,10 @@ use crate::kernels::matrix::DType;
 use crate::partition::{Dim, RankPartition};
 use crate::plan::ColumnParallel;
 
-const HIDDEN: usize = 24;
+pub(super) const HIDDEN: usize = 24;
 
 /// A model of the projections and attention alone; a rank has the query heads from one border to the next.
-fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) -> Model {
+pub(super) fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) -> Model {
     let mut numbers = Numbers::new((head_dim + n_heads) as u64);
     let mut weight = |heads: usize| {
         let (rows, cols) = (heads * head_dim, HIDDEN);
@@ -53,7 +53,7 @@ fn rotate(x: &mut [f64], width: usize, head_dim: usize) {
 }
 
 /// The projections, the rotation, the cache and attention in f64, for one sequence. `x`: `[positions, HIDDEN]`; answers `[positions, heads * head_dim]`.
-fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
+pub(super) fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
     let config = &model.config;
     let project = |name: &str| linear(&f64s(x), &model.tensors[&format!("{name}.weight")]);
     let stored = |values: Vec<f64>| match kv {

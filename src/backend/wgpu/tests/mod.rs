@@ -2,8 +2,11 @@
 
 mod attention;
 mod faults;
+mod int8;
 mod ops;
 mod rig;
 mod shaders;
 mod stages;
 mod wire;
+
+pub(super) use rig::gpus;

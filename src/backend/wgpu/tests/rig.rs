@@ -25,7 +25,7 @@ use crate::partition::{RankPartition, StagePartition};
 use crate::plan::{Plan, Recorder, SegmentId};
 
 /// Every adapter of this machine. Where there is none, says so, or fails if `TORCHLESS_REQUIRE_GPU` is 1.
-pub(super) fn gpus() -> Vec<Device> {
+pub(in crate::backend::wgpu) fn gpus() -> Vec<Device> {
     gpus_named("")
 }
 
@@ -48,11 +48,13 @@ pub(super) fn tunings(device: &Device) -> Vec<Tuning> {
         one: Few { tiles: 1, rows: 1, slices: 8 },
         few: Few { tiles: 1, rows: 2, slices: 4 },
         many: Some((9, Tile { side: 8, down: 4, across: 4 })),
+        int8: Some((9, Tile { side: 8, down: 2, across: 4 })),
     };
     let large = Linear {
         one: Few { tiles: 4, rows: 1, slices: 1 },
         few: Few { tiles: 2, rows: 4, slices: 1 },
         many: Some((33, Tile { side: 16, down: 2, across: 4 })),
+        int8: Some((33, Tile { side: 16, down: 4, across: 4 })),
     };
     let mut all = vec![
         Tuning { reduce: Reduce::Workgroup, lanes: 64, computed_levels: false, unrolled: false, span: Some(64), linear: small },

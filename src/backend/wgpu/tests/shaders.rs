@@ -14,7 +14,7 @@ const TILE: Tile = Tile { side: 8, down: 4, across: 4 };
 /// Tunings that differ in what modules are linked from.
 fn tunings() -> [Tuning; 2] {
     let few = Few { tiles: 2, rows: 2, slices: 4 };
-    let linear = Linear { one: few, few, many: Some((9, TILE)) };
+    let linear = Linear { one: few, few, many: Some((9, TILE)), int8: None };
     [(Reduce::Workgroup, false), (Reduce::Subgroup, true)].map(|(reduce, computed_levels)| Tuning {
         reduce,
         lanes: 64,
@@ -27,8 +27,15 @@ fn tunings() -> [Tuning; 2] {
 
 /// Every kernel, linked with everything that it can be.
 fn kernels() -> Vec<Kernel> {
-    let mut all =
-        vec![Kernel::RmsNorm, Kernel::Attend(KvType::F32), Kernel::Attend(KvType::F16), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
+    let mut all = vec![
+        Kernel::RmsNorm,
+        Kernel::Attend(KvType::F32),
+        Kernel::Attend(KvType::F16),
+        Kernel::AttendMerge,
+        Kernel::Add,
+        Kernel::TakeRows,
+        Kernel::Quantise,
+    ];
     all.extend([Wire::F16, Wire::Bf16].into_iter().flat_map(|wire| [Kernel::Narrow(wire), Kernel::Widen(wire)]));
     for format in Format::all() {
         for finish in [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F32), Finish::Qkv(KvType::F16)] {
@@ -36,6 +43,9 @@ fn kernels() -> Vec<Kernel> {
                 all.push(Kernel::Linear(format, finish, Few { tiles, rows, slices }));
             }
             all.push(Kernel::LinearTile(format, finish, TILE));
+            if let Format::Packed(_) = format {
+                all.push(Kernel::LinearInt8(format, finish, TILE));
+            }
         }
     }
     all
@@ -174,14 +184,30 @@ fn kernels_are_written_for_compilers() {
     let directory = std::path::PathBuf::from(std::env::var_os("TORCHLESS_KERNELS").expect("TORCHLESS_KERNELS names a directory"));
     std::fs::create_dir_all(&directory).unwrap();
     let (hardware, head_dim) = (Tuning::HARDWARE, 128);
-    let Linear { one, few, many } = hardware.linear;
-    let mut kernels =
-        vec![Kernel::RmsNorm, Kernel::Attend(KvType::F16), Kernel::Attend(KvType::F32), Kernel::AttendMerge, Kernel::Add, Kernel::TakeRows];
+    let Linear { one, few, many, .. } = hardware.linear;
+    let mut kernels = vec![
+        Kernel::RmsNorm,
+        Kernel::Attend(KvType::F16),
+        Kernel::Attend(KvType::F32),
+        Kernel::AttendMerge,
+        Kernel::Add,
+        Kernel::TakeRows,
+        Kernel::Quantise,
+        Kernel::Narrow(Wire::F16),
+        Kernel::Narrow(Wire::Bf16),
+        Kernel::Widen(Wire::F16),
+        Kernel::Widen(Wire::Bf16),
+    ];
     for format in Format::all() {
         let finish = [Finish::Store, Finish::SwiGlu, Finish::Qkv(KvType::F16)];
         kernels.extend(finish.map(|finish| Kernel::Linear(format, finish, one)));
         kernels.push(Kernel::Linear(format, Finish::Store, few));
-        kernels.extend(many.map(|(_, tile)| Kernel::LinearTile(format, Finish::Store, tile)));
+        if let Some((_, tile)) = many {
+            kernels.push(Kernel::LinearTile(format, Finish::Store, tile));
+            if let Format::Packed(_) = format {
+                kernels.push(Kernel::LinearInt8(format, Finish::Store, tile));
+            }
+        }
     }
     let mut listed = Vec::new();
     for (i, kernel) in kernels.into_iter().enumerate() {
@@ -191,6 +217,9 @@ fn kernels_are_written_for_compilers() {
             }
             Kernel::LinearTile(format, finish, Tile { side, down, across }) => {
                 format!("linear_tile {} {finish:?} {side}x{down}x{across}", format.name())
+            }
+            Kernel::LinearInt8(format, finish, Tile { side, down, across }) => {
+                format!("linear_int8 {} {finish:?} {side}x{down}x{across}", format.name())
             }
             other => format!("{other:?}"),
         };
