@@ -271,3 +271,124 @@ fn reporting<T>(debug: bool, f: impl FnOnce() -> T) -> T {
     });
     dispatcher::with_default(to_stderr, f)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::{KvType, Numerics, Row, Seq, Wire};
+    use crate::collective::Alone;
+    use crate::partition::Dim;
+    use crate::plan::{Recorder, RowParallel};
+
+    /// A place that computes nothing, and fails at a launch or at the wait for it.
+    struct Fake {
+        fails: Option<(Lane, usize, bool)>,
+        running: [Option<usize>; 2],
+    }
+
+    impl Place for Fake {
+        fn ranks(&self) -> &[usize] {
+            &[0]
+        }
+        fn device(&self) -> &str {
+            "fake"
+        }
+        fn is_asynchronous(&self) -> bool {
+            true
+        }
+        fn launch(&mut self, lane: Lane, segment: SegmentId, _: &Batch, _: &Flow) -> Result<()> {
+            assert_eq!(self.running[lane], None, "one launch is in flight a lane");
+            if self.fails == Some((lane, segment.0, true)) {
+                return Err(Error::DriverGone("at a launch".into()));
+            }
+            self.running[lane] = Some(segment.0);
+            Ok(())
+        }
+        fn poll(&mut self, lane: Lane, _: Duration) -> Result<std::task::Poll<()>> {
+            match self.running[lane].take() {
+                Some(segment) if self.fails == Some((lane, segment, false)) => Err(Error::DriverGone("at a wait".into())),
+                Some(_) => Ok(std::task::Poll::Ready(())),
+                None => panic!("nothing is in flight"),
+            }
+        }
+        fn output(&mut self, lane: Lane, take: &mut dyn FnMut(&[f32])) -> Result<()> {
+            take(&[1.0 + lane as f32, 10.0]);
+            Ok(())
+        }
+        fn counts(&self) -> PlaceCounts {
+            PlaceCounts::default()
+        }
+        fn weight_bytes(&self) -> Vec<u64> {
+            vec![0]
+        }
+    }
+
+    fn stage(fails: Option<(Lane, usize, bool)>) -> Stage {
+        let mut r = Recorder::new(true);
+        let x = r.input();
+        for _ in 0..2 {
+            let y = r.linear(x, "w", Dim::Hidden, RowParallel);
+            r.all_reduce(y);
+            r.add(x, y);
+        }
+        // The second place fails.
+        let place = |fails| -> Box<dyn Place> { Box::new(Fake { fails, running: [None; 2] }) };
+        Stage {
+            index: 0,
+            plan: r.pass(x),
+            places: vec![place(None), place(fails)],
+            pool: Arc::new(Pool::new(Some(1)).unwrap()),
+            gathered: Vec::new(),
+            collective: Arc::new(Alone),
+            trace: Arc::new(Trace::new(Vec::new())),
+            collectives: 0,
+            in_flight: vec![vec![None; 2]; 2],
+            done: vec![Instant::now(); 2],
+        }
+    }
+
+    fn load(number: u64) -> Load {
+        let batch = Batch {
+            number,
+            rows: vec![Row { seq: 0, pos: 0 }],
+            seqs: vec![Seq::default()],
+            wanted: vec![0],
+            copies: Vec::new(),
+            rope: Vec::new(),
+            kv: KvType::F32,
+            numerics: Numerics::Exact,
+            wire: Wire::F32,
+            timed: false,
+        };
+        Load { batch, flow: Ok(Flow::Host(vec![0.0; 2])) }
+    }
+
+    fn run(stage: &mut Stage) -> Trip {
+        let mut trip = Trip::unanswered(load(1));
+        trip.loads.push(load(2));
+        stage.run(&mut trip);
+        assert!(stage.in_flight.iter().flatten().all(Option::is_none), "everything was waited for");
+        trip
+    }
+
+    #[test]
+    fn lanes_are_summed_each_by_itself() {
+        let mut stage = stage(None);
+        let trip = run(&mut stage);
+        let rows: Vec<_> = trip.loads.iter().map(|load| load.flow.as_ref().unwrap().host().unwrap().to_vec()).collect();
+        assert_eq!((rows, stage.collectives), (vec![vec![1.0, 10.0], vec![2.0, 10.0]], 4));
+    }
+
+    #[test]
+    fn where_one_lane_fails_the_other_is_waited_for_and_the_stage_goes_on() {
+        for (lane, segment, at_launch) in (0..2).flat_map(|lane| (0..3).flat_map(move |segment| [true, false].map(|l| (lane, segment, l))))
+        {
+            let mut stage = stage(Some((lane, segment, at_launch)));
+            let trip = run(&mut stage);
+            let failed: Vec<bool> = trip.loads.iter().map(|load| load.flow.is_err()).collect();
+            assert!(failed[lane] && !failed[1 - lane], "{lane} {segment} {at_launch}");
+            stage.places[1] = Box::new(Fake { fails: None, running: [None; 2] });
+            assert!(run(&mut stage).loads.iter().all(|load| load.flow.is_ok()), "{lane} {segment} {at_launch}");
+        }
+    }
+}
