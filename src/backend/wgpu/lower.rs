@@ -96,7 +96,7 @@ pub(super) struct Lowerer<'a> {
     wire: wgpu::Buffer,
     /// The input of a linear layer in int8, once one takes it so: all share it, one after the other.
     int8: Option<wgpu::Buffer>,
-    /// Of which activation it is when the step's next dispatch runs, and from how many rows on.
+    /// Which activation of the step it holds, and from how many rows on.
     int8_of: Option<(wgpu::Buffer, usize)>,
     /// What attention leaves of every span of a batch's rows. All layers and ranks share it, one after the other.
     parts: wgpu::Buffer,
@@ -304,7 +304,8 @@ impl<'a> Lowerer<'a> {
         for block in &weight.blocks {
             let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
             let mut variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
-            if matches!(weight.format, Format::Stored(_)) {
+            if let Format::Stored(_) = weight.format {
+                // They are no small integers times a scale.
                 variants.int8 = None;
             }
             let shape = Shape {
@@ -329,7 +330,7 @@ impl<'a> Lowerer<'a> {
         Ok(())
     }
 
-    /// Where an activation is in int8, from so many rows on.
+    /// Where an activation is in int8, from so many rows on; the dispatch that rounds it is added unless the step has it already.
     fn quantise(&mut self, x: &Activation, least: usize, variants: Linear) -> Result<wgpu::Buffer> {
         let quantised = match &self.int8 {
             Some(quantised) => quantised.clone(),

@@ -109,6 +109,7 @@ const SEVERAL: [Few; 5] = [
 const TILES: [Tile; 3] =
     [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 2, across: 4 }];
 
+/// For int8 activations.
 const INT8: [Tile; 3] =
     [Tile { side: 16, down: 4, across: 4 }, Tile { side: 8, down: 4, across: 4 }, Tile { side: 16, down: 8, across: 4 }];
 
