@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::KvType;
+use crate::backend::{KvType, PlaceCounts};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kept::Kept;
@@ -33,6 +33,8 @@ pub struct Prediction {
     pub seconds_per_step: f64,
     /// How much of that is a layer's.
     pub seconds_per_layer: f64,
+    /// How long each rank computes of a step of the longest model that was run: by its device's clock, or else as the host saw it.
+    pub computing: Vec<f64>,
     /// Sequences that step together.
     pub batch: usize,
 }
@@ -58,13 +60,14 @@ pub struct Choice {
 }
 
 /// Goes up with every change that makes models faster or slower.
-const GENERATION: u32 = 1;
+const GENERATION: u32 = 2;
 
-/// What is kept of a prediction: its seconds, of a step and of a layer.
-#[derive(Clone, Copy, Serialize, Deserialize)]
+/// What is kept of a prediction: its seconds.
+#[derive(Clone, Serialize, Deserialize)]
 struct Seconds {
     step: f64,
     layer: f64,
+    computing: Vec<f64>,
 }
 
 /// What was predicted for a checkpoint, with these weights and threads and this version.
@@ -88,10 +91,11 @@ fn name(config: &ParallelConfig, devices: &[Device], batch: usize) -> String {
 #[must_use]
 pub fn kept_prediction(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Option<Prediction> {
     let batch = batch.max(1);
-    let seconds = *kept(params, config).get(&name(config, devices, batch)).filter(|_| config.tune)?;
+    let seconds = kept(params, config).get(&name(config, devices, batch)).filter(|_| config.tune)?.clone();
     let (devices, shares) = (devices.to_vec(), config.shares.clone());
     let is_sane = seconds.step > 0.0 && seconds.step.is_finite() && seconds.layer >= 0.0;
-    is_sane.then_some(Prediction { devices, shares, seconds_per_step: seconds.step, seconds_per_layer: seconds.layer, batch })
+    let Seconds { step, layer, computing } = seconds;
+    is_sane.then_some(Prediction { devices, shares, seconds_per_step: step, seconds_per_layer: layer, computing, batch })
 }
 
 /// Forgets what is kept of predictions for this checkpoint with such weights and threads, so that it is measured anew.
@@ -123,13 +127,15 @@ pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device],
         longer.as_mut().map_or(Ok(()), Short::step)?;
     }
     let base = shorter.median();
+    let computing = longer.as_mut().unwrap_or(&mut shorter).computing()?;
     let seconds_per_layer = longer.map_or(0.0, |longer| (longer.median() - base).max(0.0) / (long - short) as f64);
     let seconds_per_step = base + seconds_per_layer * (layers - short) as f64;
     if config.tune {
-        kept(params, config).keep(name(config, devices, batch), Seconds { step: seconds_per_step, layer: seconds_per_layer });
+        kept(params, config)
+            .keep(name(config, devices, batch), Seconds { step: seconds_per_step, layer: seconds_per_layer, computing: computing.clone() });
     }
     let (devices, shares) = (devices.to_vec(), config.shares.clone());
-    Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, batch })
+    Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, computing, batch })
 }
 
 /// What is kept, or else predicted.
@@ -165,7 +171,7 @@ pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], 
         let devices: Vec<Device> = singles[..together].iter().flat_map(|single| single.devices.clone()).collect();
         let speeds: Vec<f64> = singles[..together].iter().map(|single| 1.0 / single.seconds_per_step).collect();
         let config = alone.clone().with_shares(rounded(&speeds));
-        match plan_summary(params, &config, &devices).and_then(|_| foresee(params, &config, &devices, batch)) {
+        match plan_summary(params, &config, &devices).and_then(|_| balanced(params, &config, &devices, batch)) {
             Ok(prediction) => predictions.push(prediction),
             Err(e) => failed.push((devices, e)),
         }
@@ -179,11 +185,25 @@ pub fn choose(params: &Parameters, config: &ParallelConfig, devices: &[Device], 
     Ok(Choice { chosen: as_fast.unwrap_or(0), predictions, failed })
 }
 
-/// Shares of these speeds in sixteenths of all, so that the same devices get the same ones the next time: what is kept of a grid, packed weights
+/// A split with shares by the speeds of its devices alone, or by how long each then computed, whichever is faster: thin slices are slower on some, and some
+/// work is everyone's.
+fn balanced(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
+    let first = foresee(params, config, devices, batch)?;
+    let Some(shares) = &first.shares else { return Ok(first) };
+    let speeds: Vec<f64> = shares.iter().zip(&first.computing).map(|(share, seconds)| share / seconds).collect();
+    let again = config.clone().with_shares(if speeds.iter().all(|speed| speed.is_normal()) { rounded(&speeds) } else { shares.clone() });
+    if again.shares == first.shares || plan_summary(params, &again, devices).is_err() {
+        return Ok(first);
+    }
+    let second = foresee(params, &again, devices, batch)?;
+    Ok(if second.seconds_per_step < first.seconds_per_step { second } else { first })
+}
+
+/// Shares of these speeds in sixty-fourths of all, so that the same devices get the same ones the next time: what is kept of a grid, packed weights
 /// and measured kernels, is of its very cuts.
 fn rounded(speeds: &[f64]) -> Vec<f64> {
     let all: f64 = speeds.iter().sum();
-    speeds.iter().map(|speed| (16.0 * speed / all).round().max(1.0)).collect()
+    speeds.iter().map(|speed| (64.0 * speed / all).round().max(1.0)).collect()
 }
 
 /// A model of some layers, and how long its steps took.
@@ -206,6 +226,28 @@ impl Short {
         short.step()?;
         short.seconds.clear();
         Ok(short)
+    }
+
+    /// How long each rank computes of a step; 0 of several that share a place.
+    fn computing(&mut self) -> Result<Vec<f64>> {
+        let ranks = self.model.ranks().len();
+        self.model.start_trace();
+        self.model.time_devices(true);
+        let (clocks, turns) = (self.model.counts()?, *TURNS.start());
+        let steps = self.seconds.len();
+        (0..turns).try_for_each(|_| self.step())?;
+        self.seconds.truncate(steps);
+        self.model.time_devices(false);
+        let places = self.model.counts()?;
+        if places.len() != ranks {
+            return Ok(vec![0.0; ranks]);
+        }
+        let seen = self.model.traced_seconds_by_rank();
+        let of = |((after, before), seen): ((&PlaceCounts, &PlaceCounts), &[f64; 4])| {
+            let clock = 1e-9 * (after.device_nanoseconds - before.device_nanoseconds) as f64;
+            (if clock > 0.0 { clock } else { seen[0] }) / turns as f64
+        };
+        Ok(places.iter().zip(&clocks).zip(&seen).map(of).collect())
     }
 
     fn step(&mut self) -> Result<()> {
@@ -231,9 +273,9 @@ mod tests {
     use super::rounded;
 
     #[test]
-    fn shares_are_sixteenths_and_a_slow_device_keeps_one() {
-        assert_eq!(rounded(&[3.1, 0.99]), [12.0, 4.0]);
-        assert_eq!(rounded(&[1.0, 1.01, 0.98]), [5.0, 5.0, 5.0]);
-        assert_eq!(rounded(&[500.0, 1.0]), [16.0, 1.0]);
+    fn shares_are_sixty_fourths_and_a_slow_device_keeps_one() {
+        assert_eq!(rounded(&[3.1, 1.01]), [48.0, 16.0]);
+        assert_eq!(rounded(&[1.0, 1.001, 0.998]), [21.0, 21.0, 21.0]);
+        assert_eq!(rounded(&[500.0, 1.0]), [64.0, 1.0]);
     }
 }
