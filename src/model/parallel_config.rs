@@ -57,8 +57,8 @@ pub struct ParallelConfig {
     /// Whether GPUs choose among the variants of their kernels by a short measurement, the first time that they meet a shape. Choices are
     /// kept in the user's cache directory (or the one that `TORCHLESS_CACHE` names), by adapter, driver and version.
     pub tune: bool,
-    /// Whether a prompt of 128 rows and more is computed in two halves, so that one computes while the other is summed: where ranks sum through the host
-    /// and one of them is a GPU, and in groups of processes, whose members must all have it alike.
+    /// Whether a prompt of 128 rows and more (of each micro-batch, where there are stages) is computed in two halves, so that one computes while the other is summed: where ranks sum through the host
+    /// and one of them is a GPU, and in groups of processes with a GPU, whose members must all have it alike.
     pub overlap: bool,
     /// How rows of a prompt travel between GPUs and the host that sums them over ranks.
     pub wire: Wire,
