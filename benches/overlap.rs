@@ -2,11 +2,13 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod measure;
 
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::{Duration, Instant};
 
 use common::{Spec, write_checkpoint};
+use measure::{measured, spread, told};
 use safetensors::Dtype;
 use torchless::{Collective, Device, Error, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral, devices};
 
@@ -95,23 +97,11 @@ fn in_turn(most: usize, mut both: [impl FnMut() -> f64; 2]) -> [Vec<f64>; 2] {
 }
 
 fn print(what: &str, list: &[Device], [plain, overlapped]: [Vec<f64>; 2]) {
-    let mut ratios: Vec<f64> = plain.iter().zip(&overlapped).map(|(plain, overlapped)| plain / overlapped).collect();
-    let speed = |mut seconds: Vec<f64>| PROMPT as f64 / quantile(&mut seconds, 0.5);
+    let ratios = plain.iter().zip(&overlapped).map(|(plain, overlapped)| plain / overlapped).collect();
+    let speed = |seconds: Vec<f64>| PROMPT as f64 / spread(seconds)[0];
     let labels: Vec<String> = list.iter().map(Device::label).collect();
-    println!(
-        "| {what} | {} | {:.0} tokens/s | {:.0} tokens/s | {:.2} ({:.2}..{:.2}) |",
-        labels.join(", "),
-        speed(plain),
-        speed(overlapped),
-        quantile(&mut ratios, 0.5),
-        quantile(&mut ratios, 0.1),
-        quantile(&mut ratios, 0.9)
-    );
-}
-
-fn quantile(values: &mut [f64], q: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * q).round() as usize]
+    let (plain, overlapped, ratio) = (speed(plain), speed(overlapped), told(spread(ratios)));
+    println!("| {what} | {} | {plain:.0} tokens/s | {overlapped:.0} tokens/s | {ratio} |", labels.join(", "));
 }
 
 fn configs() -> [ParallelConfig; 2] {
@@ -164,11 +154,11 @@ fn over_a_link(params: &Parameters, list: &[Device], most: usize, parts: &[f64])
                 start.wait();
                 *lock(&shared[0].values) = 0;
                 start.wait();
-                let [mut plain, _] = turns("exchanges take no time");
+                let [plain, _] = turns("exchanges take no time");
                 let turns_taken = plain.len();
                 start.wait();
                 let values = *lock(&shared[0].values) / list.len() / turns_taken;
-                let alone = quantile(&mut plain, 0.5);
+                let [alone, ..] = spread(plain);
                 for part in parts {
                     start.wait();
                     shared.iter().for_each(|shared| *lock(&shared.seconds_per_value) = part * alone / values as f64);
@@ -181,7 +171,7 @@ fn over_a_link(params: &Parameters, list: &[Device], most: usize, parts: &[f64])
 }
 
 fn main() {
-    let most = if std::env::args().any(|arg| arg == "--bench") { *TURNS.end() } else { 1 };
+    let most = if measured() { *TURNS.end() } else { 1 };
     let all = devices();
     all.iter().for_each(|device| println!("- {device}"));
     let find = |label: &str| all.iter().find(|device| device.label() == label).cloned();

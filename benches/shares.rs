@@ -2,10 +2,12 @@
 
 #[path = "../tests/common/mod.rs"]
 mod common;
+mod measure;
 
 use std::time::Instant;
 
 use common::{Spec, write_checkpoint};
+use measure::{measured, spread, told};
 use safetensors::Dtype;
 use torchless::{Device, InferenceState, KvType, ParallelConfig, Parameters, TensorParallelMistral, choose, devices, forget_predictions};
 
@@ -45,7 +47,7 @@ impl Grid {
 }
 
 fn main() {
-    let turns = if std::env::args().any(|arg| arg == "--bench") { TURNS } else { 1 };
+    let turns = if measured() { TURNS } else { 1 };
     let all = devices();
     all.iter().for_each(|device| println!("- {device}"));
     // gpu:1, an older lavapipe, has about half of gpu:2's speed.
@@ -96,21 +98,20 @@ fn main() {
         let [a, b, automatic, equal] = grids.map(|grid| grid.tokens_per_second);
         let ideal: Vec<f64> = a.iter().zip(&b).map(|(a, b)| a + b).collect();
         let of = |speeds: &[f64]| -> Vec<f64> { speeds.iter().zip(&ideal).map(|(speed, ideal)| speed / ideal).collect() };
-        let spread =
-            |values: Vec<f64>| format!("{:.2} ({:.2}..{:.2})", quantile(&values, 0.5), quantile(&values, 0.1), quantile(&values, 0.9));
+        let median = |values: &[f64]| spread(values.to_vec())[0];
+        let ratio = median(&a) / median(&b);
         println!(
-            "| {:.1} times | {batch} | {:.1} and {:.1} | {:.1} | {:.1}, {:.2} | {:.1}, {:?} | {} | {:.1} | {} |",
-            quantile(&a, 0.5) / quantile(&b, 0.5),
-            quantile(&a, 0.5),
-            quantile(&b, 0.5),
-            quantile(&ideal, 0.5),
-            quantile(&at_once, 0.5),
-            quantile(&of(&at_once), 0.5),
-            quantile(&automatic, 0.5),
+            "| {ratio:.1} times | {batch} | {:.1} and {:.1} | {:.1} | {:.1}, {:.2} | {:.1}, {:?} | {} | {:.1} | {} |",
+            median(&a),
+            median(&b),
+            median(&ideal),
+            median(&at_once),
+            median(&of(&at_once)),
+            median(&automatic),
             chosen.shares.clone().unwrap_or_default(),
-            spread(of(&automatic)),
-            quantile(&equal, 0.5),
-            spread(of(&equal)),
+            told(spread(of(&automatic))),
+            median(&equal),
+            told(spread(of(&equal))),
         );
     }
 }
@@ -123,10 +124,4 @@ fn both(a: &mut Grid, b: &mut Grid) -> f64 {
         other.join().unwrap_or_else(|_| panic!("the other model panicked"));
     });
     [a, b].into_iter().filter_map(|grid| grid.tokens_per_second.pop()).sum()
-}
-
-fn quantile(values: &[f64], q: f64) -> f64 {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values[((values.len() - 1) as f64 * q).round() as usize]
 }

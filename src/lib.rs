@@ -67,7 +67,7 @@ pub use model::layout::{DeviceMemory, PlanSummary, RankInfo, plan_summary};
 pub use model::parallel::{ParallelMistral, PipelineParallel, PipelineParallelMistral, TensorParallel, TensorParallelMistral};
 pub use model::parallel_config::ParallelConfig;
 pub use model::pipeline::{PipelineConfig, PipelineState};
-pub use model::planner::{Choice, Prediction, choose, forget_predictions, kept_prediction, predict};
+pub use model::planner::{Choice, Prediction, choose, foresee, forget_predictions, kept_prediction, predict};
 pub use model::round_trip::{AllReduceTime, all_reduce_times};
 pub use model::state::InferenceState;
 pub use params::{GenerationConfig, Parameters};

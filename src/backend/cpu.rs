@@ -52,16 +52,15 @@ pub(crate) struct CpuPlace {
     weights: Vec<Vec<Held>>,
     /// `[buf][rank]`; of a shared buffer there is one.
     bufs: Vec<Vec<Activation>>,
-    lanes: Vec<Kept>,
+    lanes: Vec<Course>,
     /// Keys and values by page, allocated when first used: `[rank][layer][2]` of [`KvShape::words`].
     pages: Vec<Words>,
     threads: Threads,
     counts: PlaceCounts,
 }
 
-/// What a lane keeps from segment to segment.
-#[derive(Default)]
-struct Kept {
+/// What a lane has of its own.
+struct Course {
     /// Its carried activations: those of [`CpuPlace::bufs`] while another lane computes.
     carried: Vec<Vec<Activation>>,
     output: Vec<f32>,
@@ -79,7 +78,7 @@ impl CpuPlace {
         };
         let bufs = plan.bufs.iter().map(parts_of).collect();
         let carried = || plan.bufs.iter().filter(|spec| spec.carried).map(parts_of).collect();
-        let lanes = (0..assignment.lanes).map(|_| Kept { carried: carried(), output: Vec::new() }).collect();
+        let lanes = (0..assignment.lanes).map(|_| Course { carried: carried(), output: Vec::new() }).collect();
         let mut place = Self {
             stage: assignment.stage,
             plan: (*plan).clone(),

@@ -4,8 +4,7 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 use torchless::{
-    Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, forget_predictions, kept_prediction,
-    plan_summary, predict,
+    Choice, Device, DeviceMemory, ParallelConfig, Parameters, Prediction, RankInfo, choose, foresee, forget_predictions, plan_summary,
 };
 
 use super::Outcome;
@@ -84,12 +83,7 @@ impl Forecast {
         let batch = usize::from(args.batch);
         let choice = choose(params, config, &distinct(devices), batch)?;
         let only_one = devices.len() == 1 && config.shares.is_none();
-        let asked = if args.grid.is_left_to_us() || only_one {
-            None
-        } else {
-            let kept = kept_prediction(params, config, devices, batch);
-            Some(kept.map_or_else(|| predict(params, config, devices, batch), Ok)?)
-        };
+        let asked = if args.grid.is_left_to_us() || only_one { None } else { Some(foresee(params, config, devices, batch)?) };
         Ok(Self { asked, choice })
     }
 

@@ -33,7 +33,8 @@ pub struct Prediction {
     pub seconds_per_step: f64,
     /// How much of that is a layer's.
     pub seconds_per_layer: f64,
-    /// How long each rank computes of a step of the longest model that was run: by its device's clock, or else as the host saw it.
+    /// Of ranks that meet through the host: how long each computes of a step of the longest model that was run, by its device's clock or else as the host saw it.
+    /// 0 of others.
     pub computing: Vec<f64>,
     /// Sequences that step together.
     pub batch: usize,
@@ -138,8 +139,11 @@ pub fn predict(params: &Parameters, config: &ParallelConfig, devices: &[Device],
     Ok(Prediction { devices, shares, seconds_per_step, seconds_per_layer, computing, batch })
 }
 
-/// What is kept, or else predicted.
-fn foresee(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
+/// [`kept_prediction`], or else [`predict`].
+///
+/// # Errors
+/// As [`predict`].
+pub fn foresee(params: &Parameters, config: &ParallelConfig, devices: &[Device], batch: usize) -> Result<Prediction> {
     kept_prediction(params, config, devices, batch).map_or_else(|| predict(params, config, devices, batch), Ok)
 }
 
@@ -228,20 +232,19 @@ impl Short {
         Ok(short)
     }
 
-    /// How long each rank computes of a step; 0 of several that share a place.
+    /// See [`Prediction::computing`].
     fn computing(&mut self) -> Result<Vec<f64>> {
-        let ranks = self.model.ranks().len();
+        let (ranks, clocks) = (self.model.ranks().len(), self.model.counts()?);
+        if ranks == 1 || clocks.len() != ranks {
+            return Ok(vec![0.0; ranks]);
+        }
         self.model.start_trace();
         self.model.time_devices(true);
-        let (clocks, turns) = (self.model.counts()?, *TURNS.start());
-        let steps = self.seconds.len();
+        let (steps, turns) = (self.seconds.len(), *TURNS.start());
         (0..turns).try_for_each(|_| self.step())?;
         self.seconds.truncate(steps);
         self.model.time_devices(false);
         let places = self.model.counts()?;
-        if places.len() != ranks {
-            return Ok(vec![0.0; ranks]);
-        }
         let seen = self.model.traced_seconds_by_rank();
         let of = |((after, before), seen): ((&PlaceCounts, &PlaceCounts), &[f64; 4])| {
             let clock = 1e-9 * (after.device_nanoseconds - before.device_nanoseconds) as f64;

@@ -1,14 +1,16 @@
 //! Lowering: from a plan's ops to dispatches with their pipelines, bind groups and shapes, once, when a model is loaded.
 
+mod products;
+
 use super::cache::{Cache, Caches};
 use super::dispatch::{Dispatch, Size, Split};
 use super::gpu::Gpu;
 use super::moment::Moment;
 use super::room::{self, Bounds, Part};
-use super::shaders::{Finish, Kernel, Pipelines, Shape};
-use super::tune::{Layer, Tuner};
-use super::tuning::Linear;
-use super::weights::{BLOCK, Format, GpuWeight, Source, TILE};
+use super::shaders::{Kernel, Pipelines, Shape};
+use super::tune::Tuner;
+use super::twins::Twins;
+use super::weights::Source;
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
 use crate::backend::{Assignment, KvType, Lane, Room, Wire};
@@ -57,23 +59,6 @@ pub(super) struct Lowered {
     /// All that there are.
     #[cfg(test)]
     pub activations: Vec<Activation>,
-}
-
-/// Of every lane but the first: the buffers of the first that are not shared, each with the lane's own.
-pub(super) struct Twins(Vec<Vec<(wgpu::Buffer, wgpu::Buffer)>>);
-
-impl Twins {
-    /// A lane a moment.
-    fn of(moments: &[Moment]) -> Self {
-        let pairs = |moment: &Moment| moments[0].buffers().into_iter().cloned().zip(moment.buffers().into_iter().cloned()).collect();
-        Self(moments[1..].iter().map(pairs).collect())
-    }
-
-    /// What is a lane's own where the first lane has `buffer`.
-    pub(super) fn in_lane<'a>(&'a self, lane: Lane, buffer: &'a wgpu::Buffer) -> &'a wgpu::Buffer {
-        let own = lane.checked_sub(1).and_then(|lane| self.0[lane].iter().find(|(first, _)| first == buffer));
-        own.map_or(buffer, |(_, own)| own)
-    }
 }
 
 /// Makes everything that a place keeps on its device.
@@ -227,125 +212,6 @@ impl<'a> Lowerer<'a> {
         let shape = Shape { eps: self.assignment.config.rms_norm_eps, accumulate: u32::from(add.is_some()), ..Shape::of(&x) };
         let added = add.map_or_else(|| Ok(buffer.clone()), |add| self.part(add, 0).map(|added| added.buffer))?;
         self.call(x.rows, Size::Groups(1), |_| vec![Kernel::RmsNorm], shape, vec![buffer, x.buffer, y.buffer, added])
-    }
-
-    /// `sum`: y is the sum over the ranks.
-    fn linear(&mut self, x: Buf, y: Buf, weight: Weight, sum: bool) -> Result<()> {
-        for rank in 0..self.assignment.ranks.len() {
-            let name = self.assignment.plan.weights[weight.0].name.clone();
-            let source = self.source(weight, rank)?;
-            let accumulate = sum && rank > 0;
-            // A rank that owns nothing of the input adds nothing; the first one still writes the zeros that others add to.
-            if accumulate && source.cols() == 0 {
-                continue;
-            }
-            let (x, y) = (self.part(x, rank)?, self.part(y, rank)?);
-            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &[source], |row| (0, row))?;
-            let shape = Shape { stride: y.stride() as u32, accumulate: u32::from(accumulate), ..Shape::of(&x) };
-            self.products(&x, &weight, |_| Finish::Store, 1, y.part.lead, shape, &[&y.buffer])?;
-        }
-        Ok(())
-    }
-
-    fn gated_linear(&mut self, x: Buf, weights: [Weight; 2], y: Buf) -> Result<()> {
-        for rank in 0..self.assignment.ranks.len() {
-            let name = format!("{} and up", self.assignment.plan.weights[weights[0].0].name);
-            let sources = [self.source(weights[0], rank)?, self.source(weights[1], rank)?];
-            let (x, y) = (self.part(x, rank)?, self.part(y, rank)?);
-            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &sources, |row| (row % 2, row / 2))?;
-            let shape = Shape { stride: y.stride() as u32, ..Shape::of(&x) };
-            self.products(&x, &weight, |_| Finish::SwiGlu, 2, y.part.lead, shape, &[&y.buffer])?;
-        }
-        Ok(())
-    }
-
-    fn qkv(&mut self, x: Buf, weights: [Weight; 3], q: Buf, layer: usize) -> Result<()> {
-        let head_dim = self.assignment.config.head_dim;
-        for rank in 0..self.assignment.ranks.len() {
-            let name = format!("{}, k and v", self.assignment.plan.weights[weights[0].0].name);
-            let sources = [self.source(weights[0], rank)?, self.source(weights[1], rank)?, self.source(weights[2], rank)?];
-            let (x, q) = (self.part(x, rank)?, self.part(q, rank)?);
-            let RankPartition { heads, kv_heads, .. } = self.rank(rank);
-            let [queries, keys] = [heads.len() * head_dim, kv_heads.len() * head_dim];
-            // The elements that are rotated together are neighbours.
-            let paired = |row: usize| row / head_dim * head_dim + row % head_dim / 2 + row % 2 * (head_dim / 2);
-            let order = |row: usize| match row.checked_sub(queries) {
-                None => (0, paired(row)),
-                Some(row) if row < keys => (1, paired(row)),
-                Some(row) => (2, row - keys),
-            };
-            let weight = GpuWeight::upload(self.gpu, self.bounds, &name, &sources, order)?;
-            let shape = Shape { stride: q.stride() as u32, ..self.heads(rank, &x) };
-            let Moment { positions, tables, angles, .. } = self.moment;
-            let cache = &self.caches[layer][rank];
-            let buffers = [&q.buffer, &cache.keys, &cache.values, positions, tables, angles].map(wgpu::Buffer::clone);
-            self.products(&x, &weight, Finish::Qkv, 1, 0, shape, &buffers.each_ref())?;
-        }
-        Ok(())
-    }
-
-    /// A linear layer, block by block of its weight. `merged`: rows of the weight that become one output, of which the first is number
-    /// `first`; `buffers`: what it writes and what its end reads.
-    #[expect(clippy::too_many_arguments)] // the three kinds of linear layer differ in all of them
-    fn products(
-        &mut self,
-        x: &Activation,
-        weight: &GpuWeight,
-        finish: impl Fn(KvType) -> Finish,
-        merged: usize,
-        first: usize,
-        shape: Shape,
-        buffers: &[&wgpu::Buffer],
-    ) -> Result<()> {
-        if weight.lead != x.part.lead {
-            let problem = format!("a weight begins {} columns inside a block, and its input {}", weight.lead, x.part.lead);
-            return Err(self.gpu.owner.error(problem));
-        }
-        for block in &weight.blocks {
-            let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
-            let mut variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
-            if let Format::Stored(_) = weight.format {
-                // They are no small integers times a scale.
-                variants.int8 = None;
-            }
-            let shape = Shape {
-                blocks: weight.blocks_of_columns as u32,
-                out: block.rows as u32,
-                first_out: (first + block.first / merged) as u32,
-                ..shape
-            };
-            let kernels = |kv| {
-                let (format, finish) = (weight.format, finish(kv));
-                let few = [variants.one, variants.few].map(|few| Kernel::Linear(format, finish, few));
-                few.into_iter().chain(variants.many.map(|(_, tile)| Kernel::LinearTile(format, finish, tile))).collect()
-            };
-            let all = |x| [&block.buffer, x].into_iter().chain(buffers.iter().copied()).cloned().collect();
-            self.call(x.rows, Size::Linear(block.rows, variants), kernels, shape, all(&x.buffer))?;
-            if let Some((least, tile)) = variants.int8 {
-                let kernels = |kv| vec![Kernel::LinearInt8(weight.format, finish(kv), tile)];
-                let quantised = self.quantise(x, least, variants)?;
-                self.call(x.rows, Size::LinearInt8(block.rows, variants), kernels, shape, all(&quantised))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Where an activation is in int8, from so many rows on; the dispatch that rounds it is added unless the step has it already.
-    fn quantise(&mut self, x: &Activation, least: usize, variants: Linear) -> Result<wgpu::Buffer> {
-        let quantised = match &self.int8 {
-            Some(quantised) => quantised.clone(),
-            None => {
-                let bytes = room::int8_bytes(self.assignment, self.room).max(16) as u64;
-                self.int8.insert(self.gpu.buffer("activations in int8", bytes, wgpu::BufferUsages::STORAGE)?).clone()
-            }
-        };
-        let of = Some((x.buffer.clone(), least));
-        if self.int8_of != of {
-            let buffers = vec![x.buffer.clone(), quantised.clone()];
-            self.call(x.rows, Size::Quantise(x.stride() / BLOCK, variants), |_| vec![Kernel::Quantise], Shape::of(x), buffers)?;
-            self.int8_of = of;
-        }
-        Ok(quantised)
     }
 
     fn attend(&mut self, layer: usize, q: Buf, y: Buf) -> Result<()> {

@@ -15,6 +15,7 @@ mod timer;
 mod tune;
 mod tuned;
 mod tuning;
+mod twins;
 mod weights;
 
 pub(crate) use opened::Opened;
