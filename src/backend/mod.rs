@@ -15,7 +15,7 @@ use crate::device::Device;
 use crate::error::Result;
 pub(crate) use crate::kernels::Numerics;
 use crate::kernels::matrix::Matrix;
-use crate::kernels::quant::{self, Packed, QuantFormat};
+use crate::kernels::quant::{Packed, QuantFormat};
 pub(crate) use crate::kernels::wire::Wire;
 use crate::partition::StagePartition;
 use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
@@ -271,9 +271,7 @@ impl Assignment<'_> {
     pub(crate) fn bytes(&self, weight: Weight, rank: usize) -> Result<usize> {
         let Cut { whole, rows, cols } = self.cut(weight, rank)?;
         Ok(match (self.plan.weights[weight.0].shape, &self.packing) {
-            (WeightShape::Matrix { .. }, Some(packing)) => {
-                Packed::bytes_for(packing.format, rows.len(), cols.start % quant::BLOCK + cols.len())
-            }
+            (WeightShape::Matrix { .. }, Some(packing)) => Packed::bytes_for(packing.format, rows.len(), cols.len(), cols.start),
             _ => whole.dtype().bytes(rows.len() * cols.len()),
         })
     }

@@ -36,7 +36,7 @@ impl<'a> Packer<'a> {
             (self.packing.progress)(bytes);
             return Ok(packed);
         }
-        let (n, of) = (Packed::bytes_for(format, rows.len(), cols.len()), self.assignment);
+        let (n, of) = (Packed::bytes_for(format, rows.len(), cols.len(), cols.start), self.assignment);
         let packed = Packed::quantise(&whole, rows, cols, format, self.packing.progress).map_err(|e| Error::Device {
             stage: of.stage,
             ranks: of.ranks.clone(),

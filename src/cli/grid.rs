@@ -73,8 +73,11 @@ fn weights(name: &str) -> Result<Weights, String> {
     if name == "stored" {
         return Ok(Weights(None));
     }
-    let names = QuantFormat::ALL.map(QuantFormat::name).join(", ");
-    QuantFormat::from_name(name).map(|format| Weights(Some(format))).ok_or_else(|| format!("the formats are stored, {names}"))
+    let names = QuantFormat::ENCODABLE.map(QuantFormat::name).join(", ");
+    QuantFormat::from_name(name)
+        .filter(|format| QuantFormat::ENCODABLE.contains(format))
+        .map(|format| Weights(Some(format)))
+        .ok_or_else(|| format!("the formats are stored, {names}"))
 }
 
 fn wire(name: &str) -> Result<Wire, String> {

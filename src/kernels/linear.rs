@@ -91,6 +91,11 @@ fn linear(isa: Isa, weights: &Matrix, rows: Range<usize>, xs: &[&[f32]], put: im
         Row::F32(_) => dispatch(isa, |r| if let Row::F32(w) = weights.row(r) { w } else { unreachable!() }, rows, xs, put),
         Row::F16(_) => dispatch(isa, |r| if let Row::F16(w) = weights.row(r) { w } else { unreachable!() }, rows, xs, put),
         Row::Bf16(_) => dispatch(isa, |r| if let Row::Bf16(w) = weights.row(r) { w } else { unreachable!() }, rows, xs, put),
+        // A model's are packed; these come from a caller of the pieces.
+        Row::Quantised(_) => {
+            let (widened, first) = (weights.slice(rows.clone(), 0..weights.cols()).widened(), rows.start);
+            dispatch(isa, |r| if let Row::F32(w) = widened.row(r - first) { w } else { unreachable!() }, rows, xs, put);
+        }
     }
 }
 

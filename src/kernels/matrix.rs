@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::kernels::quant::{self, QuantFormat};
 
 /// How the elements of a weight are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,25 +19,52 @@ pub enum DType {
     F16,
     /// The upper half of an f32, 2 bytes.
     Bf16,
+    /// Blocks of small integers with their scales, as GGUF files have them.
+    Quantised(QuantFormat),
 }
 
 impl DType {
-    /// Bytes of `n` elements.
+    /// Bytes of `n` elements, and of those that share their last block.
     #[must_use]
     pub fn bytes(self, n: usize) -> usize {
         match self {
             Self::F32 => 4 * n,
             Self::F16 | Self::Bf16 => 2 * n,
+            Self::Quantised(format) => n.div_ceil(format.block()) * format.block_bytes(),
         }
     }
 
-    /// The name used in tables: `f32`, `f16`, `bf16`.
+    /// Elements of a row that are stored together: 1, 32 or 256.
+    #[must_use]
+    pub fn block(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::Quantised(format) => format.block(),
+        }
+    }
+
+    /// The bytes that an element's address is a multiple of.
+    fn alignment(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+            Self::Quantised(_) => 1,
+        }
+    }
+
+    /// The quantised format that it is, if it is one.
+    pub(crate) fn quantised(self) -> Option<QuantFormat> {
+        if let Self::Quantised(format) = self { Some(format) } else { None }
+    }
+
+    /// The name used in tables: `f32`, `f16`, `bf16`, or that of the quantised format.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Quantised(format) => format.name(),
         }
     }
 }
@@ -47,6 +75,14 @@ pub(crate) enum Row<'a> {
     F32(&'a [f32]),
     F16(&'a [f16]),
     Bf16(&'a [bf16]),
+    Quantised(Blocks<'a>),
+}
+
+/// A quantised row: whole blocks, and the column of the first one at which the row begins.
+#[derive(Clone, Copy)]
+pub(crate) struct Blocks<'a> {
+    pub bytes: &'a [u8],
+    pub skip: usize,
 }
 
 impl<'a> Row<'a> {
@@ -57,6 +93,7 @@ impl<'a> Row<'a> {
             Self::F32(row) => bytemuck::cast_slice(row),
             Self::F16(row) => bytemuck::cast_slice(row),
             Self::Bf16(row) => bytemuck::cast_slice(row),
+            Self::Quantised(row) => row.bytes,
         }
     }
 
@@ -65,6 +102,7 @@ impl<'a> Row<'a> {
             Self::F32(row) => row.as_ptr().cast(),
             Self::F16(row) => row.as_ptr().cast(),
             Self::Bf16(row) => row.as_ptr().cast(),
+            Self::Quantised(row) => row.bytes.as_ptr(),
         }
     }
 }
@@ -89,6 +127,8 @@ pub struct Matrix {
     /// Elements before the first one, from `base` bytes into the storage.
     offset: usize,
     base: usize,
+    /// Rows of a head whose rotary pairs are neighbours in storage, to be given as [`Matrix::with_neighbour_pairs`] says; 0 for none.
+    paired: usize,
 }
 
 impl Matrix {
@@ -109,26 +149,41 @@ impl Matrix {
         if rows.checked_mul(cols) != Some(data.len()) {
             return Err(Error::MatrixSize { rows, cols, found: data.len() });
         }
-        Ok(Self { storage: Storage::Owned(Arc::new(data)), dtype: DType::F32, rows, cols, stride: cols, offset: 0, base: 0 })
+        Ok(Self { storage: Storage::Owned(Arc::new(data)), dtype: DType::F32, rows, cols, stride: cols, offset: 0, base: 0, paired: 0 })
     }
 
     /// A matrix inside a mapped file: `rows * cols` elements from byte `base`.
     ///
     /// # Errors
-    /// If the bytes lie outside the file, or `base` is not a multiple of the element's size.
+    /// If the bytes lie outside the file, `base` is not a multiple of the element's size, or the columns are not whole blocks.
     pub(crate) fn mapped(file: Arc<Mmap>, base: usize, dtype: DType, rows: usize, cols: usize) -> Result<Self, String> {
+        let block = dtype.block();
+        if !cols.is_multiple_of(block) {
+            return Err(format!("has {cols} columns, which are no whole blocks of {block}, as {} has them", dtype.name()));
+        }
         let bytes = rows
-            .checked_mul(cols)
-            .and_then(|n| n.checked_mul(dtype.bytes(1)))
+            .checked_mul(cols / block)
+            .and_then(|n| n.checked_mul(dtype.bytes(block)))
             .and_then(|n| n.checked_add(base))
             .ok_or_else(|| format!("of {rows} x {cols} elements is too large to address"))?;
         if bytes > file.len() {
             return Err(format!("ends at byte {bytes} of a file of {}", file.len()));
         }
-        if !base.is_multiple_of(dtype.bytes(1)) {
-            return Err(format!("starts at byte {base}, which is not a multiple of its element's {} bytes", dtype.bytes(1)));
+        if !base.is_multiple_of(dtype.alignment()) {
+            return Err(format!("starts at byte {base}, which is not a multiple of its element's {} bytes", dtype.alignment()));
         }
-        Ok(Self { storage: Storage::Mapped(file), dtype, rows, cols, stride: cols, offset: 0, base })
+        Ok(Self { storage: Storage::Mapped(file), dtype, rows, cols, stride: cols, offset: 0, base, paired: 0 })
+    }
+
+    /// The rows of heads of `head_dim`, in Hugging Face order where the file has llama.cpp's: there a rotary pair is two neighbours, here it is
+    /// elements i and i + head_dim / 2 of a head.
+    ///
+    /// # Panics
+    /// If this is a slice, or its rows are no whole heads of an even dimension.
+    pub(crate) fn with_neighbour_pairs(self, head_dim: usize) -> Self {
+        assert!(self.offset == 0, "a whole matrix has heads");
+        assert!(head_dim.is_multiple_of(2) && self.rows.is_multiple_of(head_dim), "{} rows of heads of {head_dim}", self.rows);
+        Self { paired: head_dim, ..self }
     }
 
     /// Number of output features.
@@ -152,7 +207,7 @@ impl Matrix {
     /// Bytes that the elements take in storage.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        self.dtype.bytes(self.rows * self.cols)
+        self.rows * self.dtype.bytes(self.cols)
     }
 
     /// The part of the matrix at these rows and columns, sharing its storage.
@@ -187,25 +242,40 @@ impl Matrix {
     #[cfg(unix)]
     fn advise(&self, advise: impl FnOnce(&Mmap, usize, usize) -> std::io::Result<()>) {
         let Storage::Mapped(file) = &self.storage else { return };
-        let last = (self.rows.max(1) - 1) * self.stride + self.cols;
-        let (start, end) = (self.dtype.bytes(self.offset), self.dtype.bytes(self.offset + last));
+        let first = if self.paired == 0 { self.offset } else { self.offset / (self.stride * self.paired) * (self.stride * self.paired) };
+        let last = self.offset + (self.rows.max(1) - 1) * self.stride + self.cols;
+        let last = if self.paired == 0 { last } else { last.next_multiple_of(self.stride * self.paired) };
+        let (start, end) = (self.dtype.bytes(first / self.dtype.block() * self.dtype.block()), self.dtype.bytes(last));
         let _ = advise(file, self.base + start, end - start);
     }
 
     /// Row `r` as it is stored: `[cols]`.
     pub(crate) fn row(&self, r: usize) -> Row<'_> {
         assert!(r < self.rows, "row {r} of a matrix of {} rows", self.rows);
-        let at = self.offset + r * self.stride;
+        let at = self.stored_at(r);
         let range = at..at + self.cols;
+        let skip = at % self.dtype.block();
         let bytes = match &self.storage {
             Storage::Owned(data) => return Row::F32(&data[range]),
-            Storage::Mapped(file) => &file[self.base + self.dtype.bytes(range.start)..self.base + self.dtype.bytes(range.end)],
+            Storage::Mapped(file) => &file[self.base + self.dtype.bytes(range.start - skip)..self.base + self.dtype.bytes(range.end)],
         };
         match self.dtype {
             DType::F32 => Row::F32(bytemuck::cast_slice(bytes)),
             DType::F16 => Row::F16(bytemuck::cast_slice(bytes)),
             DType::Bf16 => Row::Bf16(bytemuck::cast_slice(bytes)),
+            DType::Quantised(_) => Row::Quantised(Blocks { bytes, skip }),
         }
+    }
+
+    /// The element in storage at which row `r` begins.
+    fn stored_at(&self, r: usize) -> usize {
+        if self.paired == 0 {
+            return self.offset + r * self.stride;
+        }
+        let (row, col) = (self.offset / self.stride + r, self.offset % self.stride);
+        let (head, i, half) = (row / self.paired, row % self.paired, self.paired / 2);
+        let stored = head * self.paired + if i < half { 2 * i } else { 2 * (i - half) + 1 };
+        stored * self.stride + col
     }
 
     /// Row `r` converted to f32, exactly: `[cols]`.
@@ -218,7 +288,20 @@ impl Matrix {
             Row::F32(row) => out.copy_from_slice(row),
             Row::F16(row) => out.iter_mut().zip(row).for_each(|(o, v)| *o = v.to_f32()),
             Row::Bf16(row) => out.iter_mut().zip(row).for_each(|(o, v)| *o = v.to_f32()),
+            Row::Quantised(Blocks { bytes, skip }) => {
+                let DType::Quantised(format) = self.dtype else { unreachable!("the row is as the matrix is") };
+                quant::row_to_f32(format, bytes, skip, out);
+            }
         }
+    }
+
+    /// The same values in f32, in memory of its own.
+    pub(crate) fn widened(&self) -> Self {
+        let mut values = vec![0.0; self.rows * self.cols];
+        for (r, row) in values.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.row_to_f32(r, row);
+        }
+        Self::from_f32(self.rows, self.cols, values)
     }
 }
 

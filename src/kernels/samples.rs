@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use memmap2::MmapMut;
 
 use crate::kernels::matrix::{DType, Matrix};
+use crate::kernels::quant::QuantFormat;
 
 /// Uniform in -1..1, the same for the same seed.
 pub(crate) fn values(n: usize, seed: u32) -> Vec<f32> {
@@ -25,9 +26,38 @@ pub(crate) fn mapped(dtype: DType, rows: usize, cols: usize, values: &[f32]) -> 
         DType::F32 => bytemuck::cast_slice(values).to_vec(),
         DType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_ne_bytes()).collect(),
         DType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_ne_bytes()).collect(),
+        DType::Quantised(_) => unreachable!("these are `blocks`"),
     };
+    from_bytes(&bytes, dtype, rows, cols)
+}
+
+/// A matrix of random blocks as a file stores them, with scales that make weights of about 1.
+pub(crate) fn blocks(format: QuantFormat, rows: usize, cols: usize, seed: u32) -> Matrix {
+    let dtype = DType::Quantised(format);
+    let mut random = values(rows * dtype.bytes(cols), seed).into_iter();
+    let mut bytes = Vec::new();
+    // Where the f16 of a block are, and what they are worth at most.
+    let (halves, most): (&[usize], f32) = match format {
+        QuantFormat::Q8_0 => (&[0], 0.01),
+        QuantFormat::Q4_0 | QuantFormat::Iq4Nl | QuantFormat::Q5_0 => (&[0], 0.1),
+        QuantFormat::Q4_1 | QuantFormat::Q5_1 => (&[0, 2], 0.1),
+        QuantFormat::Q4K | QuantFormat::Q5K => (&[0, 2], 0.003),
+        QuantFormat::Q6K => (&[208], 0.0003),
+    };
+    for _ in 0..rows * cols / format.block() {
+        let start = bytes.len();
+        bytes.extend((0..format.block_bytes()).map(|_| (random.next().unwrap() * 128.0) as i32 as u8));
+        for at in halves {
+            let scale = f16::from_f32(f32::from(bytes[start + at]) / 255.0 * most - 0.2 * most);
+            bytes[start + at..start + at + 2].copy_from_slice(&scale.to_le_bytes());
+        }
+    }
+    from_bytes(&bytes, dtype, rows, cols)
+}
+
+fn from_bytes(bytes: &[u8], dtype: DType, rows: usize, cols: usize) -> Matrix {
     let mut map = MmapMut::map_anon(bytes.len().max(1)).unwrap();
-    map[..bytes.len()].copy_from_slice(&bytes);
+    map[..bytes.len()].copy_from_slice(bytes);
     Matrix::mapped(Arc::new(map.make_read_only().unwrap()), 0, dtype, rows, cols).unwrap()
 }
 

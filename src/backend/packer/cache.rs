@@ -16,7 +16,7 @@ use serde_json::json;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
-use crate::kernels::quant::{BLOCK, Packed, QuantFormat};
+use crate::kernels::quant::{Packed, QuantFormat};
 
 /// Where a tensor's bytes may start.
 const ALIGNMENT: usize = 64;
@@ -100,7 +100,7 @@ impl Cached {
     /// The packed slice of this name, if it is in the file.
     pub(super) fn packed(&self, name: &str, format: QuantFormat, rows: &Range<usize>, cols: &Range<usize>) -> Option<Packed> {
         let &(offset, len) = self.tensors.get(name)?;
-        let packed = Packed::mapped(self.map.clone(), offset, format, rows.len(), cols.len(), cols.start % BLOCK).ok()?;
+        let packed = Packed::mapped(self.map.clone(), offset, format, rows.len(), cols.len(), cols.start).ok()?;
         (packed.bytes() == len).then_some(packed)
     }
 }

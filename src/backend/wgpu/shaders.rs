@@ -121,6 +121,7 @@ impl Format {
                 [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")]
             }
             Self::Packed(QuantFormat::Iq4Nl) => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
+            Self::Packed(_) | Self::Stored(DType::Quantised(_)) => unreachable!("nothing loads these yet"),
         }
     }
 
@@ -131,6 +132,7 @@ impl Format {
             Self::Packed(QuantFormat::Q8_0) => include_str!("../../../shaders/weights/int8/q8_0.wgsl"),
             Self::Packed(QuantFormat::Q4_0) => include_str!("../../../shaders/weights/int8/q4_0.wgsl"),
             Self::Packed(QuantFormat::Iq4Nl) => include_str!("../../../shaders/weights/int8/iq4_nl.wgsl"),
+            Self::Packed(_) => "",
         }
     }
 }

@@ -26,7 +26,7 @@ impl Format {
     /// All of them.
     pub(super) fn all() -> impl Iterator<Item = Self> {
         let stored = [DType::F32, DType::F16, DType::Bf16].map(Self::Stored);
-        stored.into_iter().chain(QuantFormat::ALL.map(Self::Packed))
+        stored.into_iter().chain(QuantFormat::ENCODABLE.map(Self::Packed))
     }
 
     pub(super) fn name(self) -> &'static str {
@@ -41,7 +41,7 @@ impl Format {
         match self {
             Self::Stored(dtype) => (dtype.bytes(BLOCK) / 16, 0),
             Self::Packed(QuantFormat::Q8_0) => (2, 2),
-            Self::Packed(QuantFormat::Q4_0 | QuantFormat::Iq4Nl) => (1, 2),
+            Self::Packed(_) => (1, 2),
         }
     }
 
@@ -125,7 +125,7 @@ impl Source {
                     for g in 0..4 * vectors {
                         block[16 * (TILE * (g / 4) + r) + g % 4 * 4..][..4].copy_from_slice(&packed.word(row, b, g));
                     }
-                    block[16 * TILE * vectors + 2 * r..][..2].copy_from_slice(&packed.scale(row, b));
+                    block[16 * TILE * vectors + 2 * r..][..2].copy_from_slice(&packed.scale::<2>(row, b, 0));
                 }
             }
         }

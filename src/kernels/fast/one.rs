@@ -19,7 +19,7 @@ pub(super) unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x:
     if rows.is_empty() {
         return;
     }
-    let stride = if weights.rows() > 1 { weights.row(1).as_ptr().addr() - weights.row(0).as_ptr().addr() } else { 0 };
+    let stride = if weights.rows() > 1 { weights.row(1).as_ptr().addr().wrapping_sub(weights.row(0).as_ptr().addr()) } else { 0 };
     let word = weights.dtype().bytes(A::ELEMENTS);
     let ends = Ends::new(x, weights.row(0).as_ptr().addr(), stride, word, weights.cols() / A::ELEMENTS);
     for r in rows {
@@ -28,6 +28,7 @@ pub(super) unsafe fn one<A: Arithmetic>(weights: &Matrix, rows: Range<usize>, x:
                 Row::F32(w) => dot::<A, _, 0>(w, x, &ends, stride),
                 Row::F16(w) => dot::<A, _, AHEAD>(w, x, &ends, stride),
                 Row::Bf16(w) => dot::<A, _, AHEAD>(w, x, &ends, stride),
+                Row::Quantised(_) => unreachable!("quantised weights are packed"),
             }
         };
         put(r, 0, dot);

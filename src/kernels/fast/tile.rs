@@ -86,6 +86,7 @@ impl Kernel {
             Row::F32(_) => self.pack_as(rows.map(|r| if let Row::F32(w) = r { &w[k.clone()] } else { unreachable!() }), words),
             Row::F16(_) => self.pack_as(rows.map(|r| if let Row::F16(w) = r { &w[k.clone()] } else { unreachable!() }), words),
             Row::Bf16(_) => self.pack_as(rows.map(|r| if let Row::Bf16(w) = r { &w[k.clone()] } else { unreachable!() }), words),
+            Row::Quantised(_) => unreachable!("quantised weights are packed"),
         }
     }
 

@@ -14,18 +14,18 @@ use super::packed::TILE;
 use super::vectors::Vectors;
 
 /// The values as they are stored, before they are laid out in a tile: q + 128, or the 4 bits.
-pub(super) type Stored = [u8; BLOCK];
+pub(super) type Quants = [u8; BLOCK];
 
 /// What a block without weight stores: bytes that decode to a number, times a scale of 0 or NaN.
-const NOTHING: Stored = [0x80; BLOCK];
-const NOTHING_4: Stored = [8; BLOCK];
+const NOTHING: Quants = [0x80; BLOCK];
+const NOTHING_4: Quants = [8; BLOCK];
 
 /// Below it a block is nothing: far below what f16 can scale, and before reciprocals overflow.
 const LEAST: f32 = 1e-15;
 
 /// The scale of a row's block of q8_0 or q4_0, and its values.
 #[inline(always)]
-pub(super) fn encode(format: QuantFormat, x: &[f32; BLOCK]) -> (f16, Stored) {
+pub(super) fn encode(format: QuantFormat, x: &[f32; BLOCK]) -> (f16, Quants) {
     let magnitude = |v: f32| v.to_bits() & 0x7fff_ffff;
     let largest = x.iter().fold(0, |m, &v| m.max(magnitude(v)));
     let nothing = if format == QuantFormat::Q8_0 { NOTHING } else { NOTHING_4 };
@@ -53,7 +53,7 @@ fn clamped(d: f32) -> f32 {
 
 /// Rounded to the nearest, ties to even.
 #[inline(always)]
-fn q8_0(x: &[f32; BLOCK], amax: f32) -> (f16, Stored) {
+fn q8_0(x: &[f32; BLOCK], amax: f32) -> (f16, Quants) {
     let d = clamped(amax / 127.0);
     let inverse = 1.0 / d;
     // Adding 1.5 * 2^23 rounds to an integer in the lowest bits.
@@ -62,7 +62,7 @@ fn q8_0(x: &[f32; BLOCK], amax: f32) -> (f16, Stored) {
 }
 
 #[inline(always)]
-fn q4_0(x: &[f32; BLOCK], max: f32) -> (f16, Stored) {
+fn q4_0(x: &[f32; BLOCK], max: f32) -> (f16, Quants) {
     let d = clamped(max / -8.0);
     let inverse = 1.0 / d;
     // SAFETY: they are from 0 to 15.

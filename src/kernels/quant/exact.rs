@@ -2,7 +2,8 @@
 //!
 //! The order of additions is fixed, so that an output depends on its two rows alone. Blocks have the whole matrix's borders. Within
 //! a block there are four sums by k mod 4, each from zero as `s = fma(q, x, s)` with the weight's integer or level q, k rising;
-//! then `total = fma((s0 + s1) + (s2 + s3), d, total)`, block by block. An instruction set without FMA rounds the products.
+//! then `total = fma((s0 + s1) + (s2 + s3), d, total)`, block by block; where something is added to all weights of a block, then
+//! `total = fma(m, sum of the block's x, total)`. The scales of halves are part of q, exactly. An instruction set without FMA rounds the products.
 //!
 //! A single activation row takes weights from their tiles as they stream by. More rows share weights that are decoded to f32 first, some
 //! hundred columns of a few tiles, so that these stay in L2 and a block of activations in L1.
@@ -11,7 +12,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use super::Isa;
-use super::format::BLOCK;
+use super::form::{Form, Levels, adds, by_form, columns, scales, sum_of};
+use super::format::{BLOCK, QuantFormat};
 use super::int8::block_of;
 use super::packed::{Packed, TILE};
 use super::tile::TileAt;
@@ -38,14 +40,13 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
     for x in xs {
         assert_eq!(x.len(), w.cols(), "an input of {} columns for a matrix of {}", x.len(), w.cols());
     }
-    let levels = w.format().codebook().map(|levels| levels.map(f32::from));
-    let kernels = if levels.is_some() { Kernels::of::<true>(isa) } else { Kernels::of::<false>(isa) };
-    let levels = levels.unwrap_or([0.0; TILE]);
+    let kernels = by_form!(w.format(), F => Kernels::of::<F>(isa));
+    let levels = w.format().levels();
     if let [x] = xs {
         let x = padded(w, x);
         for first in rows.clone().step_by(TILE) {
             // SAFETY: the CPU has what `isa` names, here and below; the slices have the lengths that the shapes say.
-            let totals = unsafe { (kernels.single)(&w.tile_at(first / TILE), &levels, &x) };
+            let totals = unsafe { (kernels.single)(&w.tile_at(first / TILE), levels, &x) };
             put(first, 0, &totals[..TILE.min(rows.end - first)]);
         }
         return;
@@ -62,7 +63,7 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
             for chunk in (0..w.shape.blocks()).step_by(CHUNK) {
                 let blocks = chunk..w.shape.blocks().min(chunk + CHUNK);
                 for (tile, out) in tiles.clone().zip(&mut decoded) {
-                    unsafe { (kernels.decode)(&w.tile_at(tile), blocks.clone(), &levels, out) };
+                    unsafe { (kernels.decode)(&w.tile_at(tile), blocks.clone(), levels, out) };
                 }
                 let mut done = 0;
                 while done < xs.len() {
@@ -107,9 +108,9 @@ type Panel = [[f32; BLOCK]; CHUNK * WIDEST];
 type Decoded = [[f32; TILE]; CHUNK * BLOCK];
 
 /// The totals of a tile with one activation row, of as many columns as the blocks have.
-type Single = unsafe fn(&TileAt<'_>, &[f32; 16], &[f32]) -> [f32; TILE];
+type Single = unsafe fn(&TileAt<'_>, Levels, &[f32]) -> [f32; TILE];
 /// Decodes up to CHUNK blocks.
-type Decode = unsafe fn(&TileAt<'_>, Range<usize>, &[f32; 16], &mut Decoded);
+type Decode = unsafe fn(&TileAt<'_>, Range<usize>, Levels, &mut Decoded);
 /// Adds to totals what the blocks contribute.
 type Product = unsafe fn(&TileAt<'_>, Range<usize>, &Decoded, &Panel, &mut [[f32; TILE]]);
 
@@ -122,15 +123,15 @@ struct Kernels {
 }
 
 impl Kernels {
-    fn of<const NIBBLES: bool>(isa: Isa) -> Self {
+    fn of<F: Form>(isa: Isa) -> Self {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Vnni | Isa::Avx512 => avx512::kernels::<NIBBLES>(),
+            Isa::Vnni | Isa::Avx512 => avx512::kernels::<F>(),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => avx2::kernels::<NIBBLES>(),
+            Isa::Avx2 => avx2::kernels::<F>(),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => neon::kernels::<NIBBLES>(),
-            Isa::Portable => portable::kernels::<NIBBLES>(),
+            Isa::Neon => neon::kernels::<F>(),
+            Isa::Portable => portable::kernels::<F>(),
         }
     }
 
@@ -147,20 +148,26 @@ macro_rules! kernels {
         mod $name {
             use super::*;
 
-            pub(super) fn kernels<const NIBBLES: bool>() -> Kernels {
-                Kernels { single: single::<NIBBLES>, decode: decode::<NIBBLES>, products: &[$(($width, product::<$width>)),+] }
+            pub(super) fn kernels<F: Form>() -> Kernels {
+                Kernels { single: single::<F>, decode: decode::<F>, products: const { &[$(($width, product::<F, $width> as Product)),+] } }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn single<const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f32; 16], x: &[f32]) -> [f32; TILE] {
-                unsafe { super::single::<$lanes, NIBBLES>(tile, levels, x) }
+            unsafe fn single<F: Form>(tile: &TileAt<'_>, levels: Levels, x: &[f32]) -> [f32; TILE] {
+                unsafe { super::single::<$lanes, F>(tile, levels, x) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn decode<const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Range<usize>, levels: &[f32; 16], out: &mut Decoded) {
-                unsafe { super::decode::<$lanes, NIBBLES>(tile, blocks, levels, out) }
+            unsafe fn decode<F: Form>(tile: &TileAt<'_>, blocks: Range<usize>, levels: Levels, out: &mut Decoded) {
+                unsafe { super::decode::<$lanes, F>(tile, blocks, levels, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn product<const C: usize>(tile: &TileAt<'_>, blocks: Range<usize>, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
-                unsafe { super::product::<$lanes, C>(tile, blocks, w, x, totals) }
+            unsafe fn product<F: Form, const C: usize>(
+                tile: &TileAt<'_>,
+                blocks: Range<usize>,
+                w: &Decoded,
+                x: &Panel,
+                totals: &mut [[f32; TILE]],
+            ) {
+                unsafe { super::product::<$lanes, F, C>(tile, blocks, w, x, totals) }
             }
         }
     };
@@ -174,18 +181,6 @@ kernels!(avx2, [std::arch::x86_64::__m256; 2], [2, 4], "avx2,fma,f16c");
 kernels!(neon, crate::kernels::quant::neon::Neon, [2, 4], "neon,fp16");
 kernels!(portable, [f32; 16], [2, 4]);
 
-/// Columns 4g..4g+4 of the block at `p`.
-#[inline(always)]
-unsafe fn columns<V: Vectors, const NIBBLES: bool>(p: *const u8, g: usize, levels: V) -> [V; 4] {
-    unsafe {
-        match (NIBBLES, g) {
-            (false, _) => V::columns(p.add(64 * g)),
-            (true, 0..4) => V::columns_4::<false>(p.add(64 * g), levels),
-            (true, _) => V::columns_4::<true>(p.add(64 * (g - 4)), levels),
-        }
-    }
-}
-
 /// `(s[0] + s[1]) + (s[2] + s[3])`
 #[inline(always)]
 unsafe fn sum<V: Vectors>(s: [V; 4]) -> V {
@@ -196,22 +191,31 @@ unsafe fn sum<V: Vectors>(s: [V; 4]) -> V {
 }
 
 #[inline(always)]
-unsafe fn single<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f32; 16], x: &[f32]) -> [f32; TILE] {
+unsafe fn book<V: Vectors>(levels: Levels) -> V {
+    unsafe { V::load_f32(levels.book.map(f32::from).as_ptr()) }
+}
+
+#[inline(always)]
+unsafe fn single<V: Vectors, F: Form>(tile: &TileAt<'_>, levels: Levels, x: &[f32]) -> [f32; TILE] {
     assert_eq!(x.len(), tile.blocks * BLOCK);
     unsafe {
-        let levels = V::load_f32(levels.as_ptr());
+        let book = book::<V>(levels);
         let mut total = V::zero();
-        for b in 0..tile.blocks {
-            tile.prefetch::<V, NIBBLES>(b);
-            let x = x.as_ptr().add(b * BLOCK);
+        for (b, block) in x.as_chunks::<BLOCK>().0.iter().enumerate() {
+            tile.prefetch::<V, F>(b);
+            let (quants, scales) = (tile.quants::<F>(b), scales::<V, F>(tile, b));
+            let x = block.as_ptr();
             let mut s = [V::zero(); 4];
             for g in 0..8 {
-                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
+                let w = columns::<V, F>(quants, book, levels.offset, &scales, g);
                 for j in 0..4 {
                     s[j] = s[j].fma(w[j], V::splat(*x.add(4 * g + j)));
                 }
             }
-            total = total.fma(sum(s), V::load_f16(tile.scales(b)));
+            total = total.fma(sum(s), scales.d);
+            if adds(F::SCALING) {
+                total = total.fma(scales.added, V::splat(sum_of(block)));
+            }
         }
         let mut out = [0.0; TILE];
         total.store(out.as_mut_ptr());
@@ -220,14 +224,15 @@ unsafe fn single<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, levels: &[f
 }
 
 #[inline(always)]
-unsafe fn decode<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Range<usize>, levels: &[f32; 16], out: &mut Decoded) {
+unsafe fn decode<V: Vectors, F: Form>(tile: &TileAt<'_>, blocks: Range<usize>, levels: Levels, out: &mut Decoded) {
     assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks);
     unsafe {
-        let levels = V::load_f32(levels.as_ptr());
+        let book = book::<V>(levels);
         for (b, out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
-            tile.prefetch::<V, NIBBLES>(b);
+            tile.prefetch::<V, F>(b);
+            let (quants, scales) = (tile.quants::<F>(b), scales::<V, F>(tile, b));
             for g in 0..8 {
-                let w = columns::<V, NIBBLES>(tile.quants(b), g, levels);
+                let w = columns::<V, F>(quants, book, levels.offset, &scales, g);
                 for j in 0..4 {
                     w[j].store(out[4 * g + j].as_mut_ptr());
                 }
@@ -237,11 +242,18 @@ unsafe fn decode<V: Vectors, const NIBBLES: bool>(tile: &TileAt<'_>, blocks: Ran
 }
 
 #[inline(always)]
-unsafe fn product<V: Vectors, const C: usize>(tile: &TileAt<'_>, blocks: Range<usize>, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
+unsafe fn product<V: Vectors, F: Form, const C: usize>(
+    tile: &TileAt<'_>,
+    blocks: Range<usize>,
+    w: &Decoded,
+    x: &Panel,
+    totals: &mut [[f32; TILE]],
+) {
     assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks && totals.len() == C && C <= WIDEST);
     unsafe {
         for (at, b) in blocks.enumerate() {
-            let (w, x) = (w.as_ptr().add(at * BLOCK), x.as_ptr().add(at * C));
+            let (w, rows) = (w.as_ptr().add(at * BLOCK), &x[at * C..(at + 1) * C]);
+            let x = rows.as_ptr();
             let mut s = [[V::zero(); C]; 4];
             for (j, s) in s.iter_mut().enumerate() {
                 for k in (j..BLOCK).step_by(4) {
@@ -251,10 +263,14 @@ unsafe fn product<V: Vectors, const C: usize>(tile: &TileAt<'_>, blocks: Range<u
                     }
                 }
             }
-            let d = V::load_f16(tile.scales(b));
+            let scales = scales::<V, F>(tile, b);
             for i in 0..C {
                 let to = totals[i].as_mut_ptr();
-                V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), d).store(to);
+                let mut total = V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), scales.d);
+                if adds(F::SCALING) {
+                    total = total.fma(scales.added, V::splat(sum_of(&rows[i])));
+                }
+                total.store(to);
             }
         }
     }

@@ -1,13 +1,15 @@
 //! Dot products with int8 activations.
 //!
 //! Within a block the products are added as integers, exactly. Then, block by block as K rises,
-//! `total = fma(sum, d_weight * d_activation, total)` in f32, where an instruction set without FMA rounds the product. So an output
-//! depends on its two rows alone, and all instruction sets with FMA give the same bits.
+//! `total = fma(sum, d_weight * d_activation, total)` in f32, where an instruction set without FMA rounds the product; where something is added to
+//! all weights of a block, then `total = fma(m, d_activation * sum of the block's values, total)`. Halves with scales of their own are added as
+//! integers, each times its scale. So an output depends on its two rows alone, and all instruction sets with FMA give the same bits.
 
 use std::ops::Range;
 
 use super::Isa;
-use super::format::BLOCK;
+use super::form::{Form, Levels, adds, by_form, quants, scales};
+use super::format::{BLOCK, QuantFormat, Scaling};
 use super::int8::{GROUP, Int8Rows, Measure};
 use super::packed::{Packed, TILE};
 use super::tile::TileAt;
@@ -19,7 +21,7 @@ const PASS: usize = 384 << 10;
 /// A tile and a group of activation rows that it meets.
 struct Job<'a> {
     tile: TileAt<'a>,
-    levels: &'a [i8; 16],
+    levels: Levels,
     values: &'a [[i8; BLOCK]],
     measures: &'a [Measure],
     /// The tile is not in a cache yet.
@@ -51,9 +53,8 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
             let tile = w.tile_at(first / TILE);
             for group in first_group..groups.min(first_group + pass) {
                 let (count, width, values, measures) = x.group(group);
-                let levels = w.format().codebook();
-                let job = Job { tile, levels: levels.unwrap_or(&[0; 16]), values, measures, fetch: group == first_group };
-                let kernel = if levels.is_some() { kernel_of::<true>(isa, width) } else { kernel_of::<false>(isa, width) };
+                let job = Job { tile, levels: w.format().levels(), values, measures, fetch: group == first_group };
+                let kernel = by_form!(w.format(), F => kernel_of::<F>(isa, width));
                 // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
                 unsafe { kernel(&job, &mut totals) };
                 for (i, totals) in totals[..count].iter().enumerate() {
@@ -64,80 +65,87 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
     }
 }
 
-fn kernel_of<const NIBBLES: bool>(isa: Isa, width: usize) -> Kernel {
+fn kernel_of<F: Form>(isa: Isa, width: usize) -> Kernel {
     match width {
-        1 => kernel::<NIBBLES, 1>(isa),
-        2 => kernel::<NIBBLES, 2>(isa),
-        4 => kernel::<NIBBLES, 4>(isa),
-        8 => kernel::<NIBBLES, 8>(isa),
-        12 => kernel::<NIBBLES, 12>(isa),
-        _ => kernel::<NIBBLES, GROUP>(isa),
+        1 => kernel::<F, 1>(isa),
+        2 => kernel::<F, 2>(isa),
+        4 => kernel::<F, 4>(isa),
+        8 => kernel::<F, 8>(isa),
+        12 => kernel::<F, 12>(isa),
+        _ => kernel::<F, GROUP>(isa),
     }
 }
 
-fn kernel<const NIBBLES: bool, const C: usize>(isa: Isa) -> Kernel {
+fn kernel<F: Form, const C: usize>(isa: Isa) -> Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Vnni => vnni::<NIBBLES, C>,
+        Isa::Vnni => vnni::<F, C>,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx2 => avx2::<NIBBLES, C>,
+        Isa::Avx512 | Isa::Avx2 => avx2::<F, C>,
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => neon::<NIBBLES, C>,
-        Isa::Portable => dots::<[f32; 16], NIBBLES, C>,
+        Isa::Neon => neon::<F, C>,
+        Isa::Portable => dots::<[f32; 16], F, C>,
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn vnni<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<std::arch::x86_64::__m512, NIBBLES, C>(job, totals) }
+unsafe fn vnni<F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<std::arch::x86_64::__m512, F, C>(job, totals) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn avx2<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<[std::arch::x86_64::__m256; 2], NIBBLES, C>(job, totals) }
+unsafe fn avx2<F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<[std::arch::x86_64::__m256; 2], F, C>(job, totals) }
 }
 
 #[cfg(target_arch = "aarch64")]
 #[target_feature(enable = "neon,dotprod,fp16")]
-unsafe fn neon<const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    unsafe { dots::<super::neon::Neon, NIBBLES, C>(job, totals) }
+unsafe fn neon<F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+    unsafe { dots::<super::neon::Neon, F, C>(job, totals) }
 }
 
 /// The dot products of the rows of a tile with C activation rows.
 #[inline(always)]
-unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
+unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
     let Job { tile, levels, values, measures, fetch } = job;
     assert!(values.len() == tile.blocks * C && measures.len() == tile.blocks * C);
     let (x, measures) = (values.as_ptr(), measures.as_ptr());
     unsafe {
-        let levels = V::levels(levels);
+        let (book, offset) = (V::levels(&levels.book), levels.offset);
         let mut total = [V::zero(); C];
         for b in 0..tile.blocks {
-            let w = block::<V, NIBBLES>(tile.quants(b), levels);
-            let d = V::load_f16(tile.scales(b));
+            let p = tile.quants::<F>(b);
+            let w: [V::Quants; 8] = std::array::from_fn(|g| quants::<V, F>(p, book, offset, g));
+            let scales = scales::<V, F>(tile, b);
             if *fetch {
-                tile.prefetch::<V, NIBBLES>(b);
+                tile.prefetch::<V, F>(b);
             }
             // Four rows at once hide the instructions' latency.
             for first in (0..C).step_by(4) {
                 let few = if C < 4 { C } else { 4 };
                 let at = b * C + first;
-                let mut sums = [V::sums(0); 4];
-                if V::BIASED {
-                    for (i, sum) in sums[..few].iter_mut().enumerate() {
-                        *sum = V::sums((*measures.add(at + i)).correction);
+                let mut dots = [V::zero(); 4];
+                if F::SCALING == Scaling::Halves {
+                    for half in 0..2 {
+                        let corrections: [i32; 4] = std::array::from_fn(|i| if i < few { (*measures.add(at + i)).half(half) } else { 0 });
+                        let sums = sums_of::<V>(&w[4 * half..][..4], x.add(at), 16 * half, few, corrections);
+                        for i in 0..few {
+                            dots[i] = dots[i].fma(V::to_f32(sums[i]), scales.halves[half]);
+                        }
                     }
+                } else {
+                    let corrections: [i32; 4] = std::array::from_fn(|i| if i < few { (*measures.add(at + i)).correction } else { 0 });
+                    dots = sums_of::<V>(&w, x.add(at), 0, few, corrections).map(|sum| V::to_f32(sum));
                 }
-                for (g, w) in w.iter().enumerate() {
-                    for (i, sum) in sums[..few].iter_mut().enumerate() {
-                        *sum = V::dot(*sum, *w, x.add(at + i).cast::<i8>().add(4 * g));
+                for (i, dot) in dots[..few].iter().enumerate() {
+                    let measure = *measures.add(at + i);
+                    let scale = V::zero().fma(scales.d, V::splat(measure.scale));
+                    total[first + i] = total[first + i].fma(*dot, scale);
+                    if adds(F::SCALING) {
+                        total[first + i] = total[first + i].fma(scales.added, V::splat(measure.sum()));
                     }
-                }
-                for (i, sum) in sums[..few].iter().enumerate() {
-                    let scale = V::zero().fma(d, V::splat((*measures.add(at + i)).scale));
-                    total[first + i] = total[first + i].fma(V::to_f32(*sum), scale);
                 }
             }
         }
@@ -147,25 +155,22 @@ unsafe fn dots<V: Vectors, const NIBBLES: bool, const C: usize>(job: &Job<'_>, t
     }
 }
 
-/// The 8 vectors of a block.
+/// The integer sums of up to 4 activation rows with some vectors of a block, the first of which has column `column`.
+///
+/// # Safety
+/// The CPU has the instructions of `V`; there are `few` activation blocks at `x`.
 #[inline(always)]
-unsafe fn block<V: Vectors, const NIBBLES: bool>(p: *const u8, levels: V::Levels) -> [V::Quants; 8] {
+unsafe fn sums_of<V: Vectors>(w: &[V::Quants], x: *const [i8; BLOCK], column: usize, few: usize, corrections: [i32; 4]) -> [V::Sums; 4] {
     unsafe {
-        if NIBBLES {
-            let (a, b) = (V::quants_4(p, levels), V::quants_4(p.add(64), levels));
-            let (c, d) = (V::quants_4(p.add(128), levels), V::quants_4(p.add(192), levels));
-            [a[0], b[0], c[0], d[0], a[1], b[1], c[1], d[1]]
-        } else {
-            [
-                V::quants(p),
-                V::quants(p.add(64)),
-                V::quants(p.add(128)),
-                V::quants(p.add(192)),
-                V::quants(p.add(256)),
-                V::quants(p.add(320)),
-                V::quants(p.add(384)),
-                V::quants(p.add(448)),
-            ]
+        let mut sums = [V::sums(0); 4];
+        if V::BIASED {
+            sums = corrections.map(|correction| V::sums(correction));
         }
+        for (g, w) in w.iter().enumerate() {
+            for (i, sum) in sums[..few].iter_mut().enumerate() {
+                *sum = V::dot(*sum, *w, x.add(i).cast::<i8>().add(column + 4 * g));
+            }
+        }
+        sums
     }
 }

@@ -15,6 +15,22 @@ pub(super) const WIDTHS: [usize; 6] = [1, 2, 4, 8, 12, GROUP];
 pub(super) struct Measure {
     pub scale: f32,
     pub correction: i32,
+    /// Of the first half of the values.
+    first: i32,
+}
+
+impl Measure {
+    /// The correction of either half.
+    #[inline(always)]
+    pub fn half(self, half: usize) -> i32 {
+        if half == 0 { self.first } else { self.correction - self.first }
+    }
+
+    /// What the block's values sum up to.
+    #[inline(always)]
+    pub fn sum(self) -> f32 {
+        self.scale * (self.correction / -128) as f32
+    }
 }
 
 /// Activation rows in blocks of 32 columns: int8 values in -127..=127 times an f32 scale, max |x| / 127.
@@ -119,7 +135,7 @@ pub(super) fn block_of(x: &[f32], lead: usize, b: usize) -> [f32; BLOCK] {
 fn block(x: &[f32; BLOCK]) -> ([i8; BLOCK], Measure) {
     let amax = f32::from_bits(x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff)));
     if !amax.is_finite() {
-        return ([0; BLOCK], Measure { scale: f32::NAN, correction: 0 });
+        return ([0; BLOCK], Measure { scale: f32::NAN, ..Measure::default() });
     }
     if amax < 1e-30 {
         return ([0; BLOCK], Measure::default());
@@ -128,5 +144,7 @@ fn block(x: &[f32; BLOCK]) -> ([i8; BLOCK], Measure) {
     // Adding 1.5 * 2^23 rounds to an integer, ties to even, in the lowest bits: the same everywhere, and it vectorises.
     const ROUND: f32 = 12_582_912.0;
     let values = x.map(|x| (x * inverse + ROUND).to_bits() as i32 - ROUND.to_bits() as i32);
-    (values.map(|v| v as i8), Measure { scale: amax / 127.0, correction: -128 * values.iter().sum::<i32>() })
+    let first: i32 = -128 * values[..BLOCK / 2].iter().sum::<i32>();
+    let second: i32 = -128 * values[BLOCK / 2..].iter().sum::<i32>();
+    (values.map(|v| v as i8), Measure { scale: amax / 127.0, correction: first + second, first })
 }

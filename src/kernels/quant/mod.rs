@@ -7,12 +7,14 @@
 mod encode;
 mod exact;
 mod fast;
+mod form;
 mod format;
 mod int8;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod pack;
 mod packed;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -31,6 +33,7 @@ pub(crate) use format::BLOCK;
 pub use format::QuantFormat;
 pub(crate) use int8::Int8Rows;
 pub(crate) use packed::{Packed, TILE};
+pub(crate) use stored::row_to_f32;
 
 /// The instruction sets that the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -79,8 +79,27 @@ impl Vectors for Neon {
         unsafe { std::mem::transmute(to_array(self).raise(Self::to_ints(index), by, to_array(table))) }
     }
     #[inline(always)]
-    unsafe fn columns(p: *const u8) -> [Self; 4] {
-        unsafe { columns(Self::quants(p)) }
+    unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> [int8x16_t; 4] {
+        unsafe {
+            let mut out = [vdupq_n_s8(0); 4];
+            for i in 0..4 {
+                let (low, high) = (vld1q_u8(p.add(64 * (g % 4) + 16 * i)), vld1q_u8(p.add(64 * (4 + g * HIGH / 8) + 16 * i)));
+                let low = if g < 4 { vandq_u8(low, vdupq_n_u8(15)) } else { vshrq_n_u8::<4>(low) };
+                // To the right, which NEON spells as a negative shift to the left.
+                let high = vshlq_u8(high, vdupq_n_s8(-((g * HIGH % 8) as i8)));
+                let high = vshlq_n_u8::<4>(vandq_u8(high, vdupq_n_u8((1 << HIGH) - 1)));
+                out[i] = vreinterpretq_s8_u8(vsubq_u8(vorrq_u8(low, high), vdupq_n_u8(offset)));
+            }
+            out
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> Self {
+        unsafe { Self::load_f32(p.cast::<[u8; 16]>().read_unaligned().map(f32::from).as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn columns(quants: [int8x16_t; 4]) -> [Self; 4] {
+        unsafe { columns(quants) }
     }
     #[inline(always)]
     unsafe fn columns_4<const HIGH: bool>(p: *const u8, levels: Self) -> [Self; 4] {

@@ -6,12 +6,13 @@ use std::ops::Range;
 use half::f16;
 
 use super::Isa;
-use super::encode::{Stored, encode, iq4_nl};
-use super::format::{BLOCK, QuantFormat};
+use super::encode::{Quants, encode, iq4_nl};
+use super::format::{BLOCK, QuantFormat, Scaling};
 use super::packed::{Packed, Shape, TILE};
+use super::stored::Stored;
 use super::vectors::Vectors;
 use crate::kernels::lanes::Element;
-use crate::kernels::matrix::{Matrix, Row};
+use crate::kernels::matrix::{Blocks, Matrix, Row};
 use crate::kernels::memory::zeroed;
 use crate::kernels::pool::{Scatter, for_each};
 
@@ -19,7 +20,8 @@ use crate::kernels::pool::{Scatter, for_each};
 const FORGOTTEN: usize = 16;
 
 impl Packed {
-    /// Quantises the weights at `rows` and `cols` of a whole matrix, on the threads of the pool that this is called in.
+    /// Quantises the weights at `rows` and `cols` of a whole matrix, on the threads of the pool that this is called in; those that are stored in
+    /// `format` are taken over as they are.
     ///
     /// Blocks have the whole matrix's borders: the neighbours' columns in a block that `cols` cuts are stored too. `done` is told
     /// the bytes of the source that every finished tile took.
@@ -28,7 +30,7 @@ impl Packed {
     /// If there is no memory.
     ///
     /// # Panics
-    /// If a range reaches outside the matrix.
+    /// If a range reaches outside the matrix, which is quantised in another format, or is not and cannot be quantised to this one.
     pub(crate) fn quantise(
         whole: &Matrix,
         rows: Range<usize>,
@@ -47,7 +49,10 @@ impl Packed {
         format: QuantFormat,
         done: &(dyn Fn(usize) + Sync),
     ) -> io::Result<Self> {
-        let shape = Shape { format, rows: rows.len(), cols: cols.len(), lead: cols.start % BLOCK };
+        let found = whole.dtype().quantised();
+        let right = found.map_or(QuantFormat::ENCODABLE.contains(&format), |found| found == format);
+        assert!(right, "{} weights cannot become {}", whole.dtype().name(), format.name());
+        let shape = Shape::of(format, rows.len(), cols.len(), cols.start);
         // With all columns of its blocks, as far as the whole matrix has them.
         let blocks = cols.start - shape.lead..cols.end.next_multiple_of(BLOCK).min(whole.cols()).max(cols.end);
         let source = whole.slice(rows, blocks);
@@ -98,6 +103,12 @@ unsafe fn fill<V: Vectors>(source: &Matrix, rows: Range<usize>, shape: Shape, ti
             Row::F32(_) => fill_from::<V, _>(rows.map(|r| if let Row::F32(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
             Row::F16(_) => fill_from::<V, _>(rows.map(|r| if let Row::F16(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
             Row::Bf16(_) => fill_from::<V, _>(rows.map(|r| if let Row::Bf16(w) = source.row(r) { w } else { unreachable!() }), shape, tile),
+            Row::Quantised(_) => {
+                for (r, row) in rows.enumerate() {
+                    let Row::Quantised(blocks) = source.row(row) else { unreachable!() };
+                    take_row(blocks, r, shape, tile);
+                }
+            }
         }
     }
 }
@@ -162,9 +173,49 @@ unsafe fn fill_row<V: Vectors, W: Element>(values: &[W], r: usize, shape: Shape,
     }
 }
 
+/// Takes over a row as a file stores it, with the very same quants and scales.
+fn take_row(blocks: Blocks<'_>, r: usize, shape: Shape, tile: &mut [u8]) {
+    let format = shape.format;
+    let (parts, bytes) = (format.block() / BLOCK, format.block_bytes());
+    for b in 0..shape.blocks() {
+        let at = blocks.skip / BLOCK + b;
+        let stored = Stored::read(format, &blocks.bytes[at / parts * bytes..][..bytes], at % parts);
+        let (d, m) = (stored.d.to_ne_bytes(), stored.m.to_ne_bytes());
+        let plane = |plane: usize, size: usize| size * (TILE * plane + r);
+        if shape.shared_bytes() > 0 {
+            let shared = &mut tile[shape.shared_at(b)..][..shape.shared_bytes()];
+            shared[plane(0, 2)..][..2].copy_from_slice(&d);
+            if format.scaling() == Scaling::Super {
+                shared[plane(1, 2)..][..2].copy_from_slice(&m);
+            }
+        }
+        let (quants, scales) = tile[shape.block_at(b)..][..shape.stride()].split_at_mut(shape.block_bytes());
+        match format.scaling() {
+            Scaling::Plain | Scaling::Affine => {
+                scales[plane(0, 2)..][..2].copy_from_slice(&d);
+                if format.scaling() == Scaling::Affine {
+                    scales[plane(1, 2)..][..2].copy_from_slice(&m);
+                }
+            }
+            Scaling::Super | Scaling::Halves => [scales[plane(0, 1)], scales[plane(1, 1)]] = stored.bytes,
+        }
+        let more = if format.bits() == 8 { 0 } else { format.bits() - 4 };
+        if more == 0 {
+            lay_out(&stored.quants, quants, r);
+            continue;
+        }
+        let (low, high) = quants.split_at_mut(TILE * BLOCK / 2);
+        lay_out(&stored.quants.map(|q| q & 15), low, r);
+        for (g, four) in stored.quants.as_chunks::<4>().0.iter().enumerate() {
+            let out = &mut high[64 * (g * more / 8) + 4 * r..][..4];
+            out.iter_mut().zip(four).for_each(|(out, q)| *out |= q >> 4 << (g * more % 8));
+        }
+    }
+}
+
 /// Row r's dwords of a block: see [`super::packed`].
 #[inline(always)]
-fn lay_out(stored: &Stored, quants: &mut [u8], r: usize) {
+fn lay_out(stored: &Quants, quants: &mut [u8], r: usize) {
     if quants.len() == TILE * BLOCK {
         for (vector, four) in quants.chunks_exact_mut(64).zip(stored.as_chunks::<4>().0) {
             vector[4 * r..4 * r + 4].copy_from_slice(four);

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
-use half::f16;
-
+use super::form::Form;
+use super::format::{BLOCK, SUPER};
 use super::packed::{Packed, TILE};
 use crate::kernels::lanes::Lanes;
 
@@ -14,8 +14,7 @@ const AHEAD: [usize; 2] = [8192, 4096];
 #[derive(Clone, Copy)]
 pub(super) struct TileAt<'a> {
     bytes: &'a [u8],
-    block_bytes: usize,
-    stride: usize,
+    phase: usize,
     pub blocks: usize,
 }
 
@@ -28,24 +27,47 @@ impl Packed {
     }
 
     pub(super) fn tile_at(&self, tile: usize) -> TileAt<'_> {
-        let (block_bytes, stride) = (self.shape.block_bytes(), self.shape.stride());
-        TileAt { bytes: self.tile(tile), block_bytes, stride, blocks: self.shape.blocks() }
+        TileAt { bytes: self.tile(tile), phase: self.shape.phase, blocks: self.shape.blocks() }
     }
 }
 
+/// What [`Shape`](super::packed::Shape) says of every format of a form, as constants.
+trait Measures: Form {
+    const BLOCK_BYTES: usize = TILE * Self::BITS * BLOCK / 8;
+    const STRIDE: usize = Self::BLOCK_BYTES + TILE * Self::SCALING.row_bytes().0;
+    const SHARED: usize = TILE * Self::SCALING.row_bytes().1;
+}
+impl<F: Form> Measures for F {}
+
 impl TileAt<'_> {
-    /// # Safety
-    /// `block` is below `blocks`, here and below.
     #[inline(always)]
-    pub unsafe fn quants(&self, block: usize) -> *const u8 {
-        self.bytes.as_ptr().wrapping_add(block * self.stride)
+    fn at(&self, byte: usize) -> *const u8 {
+        self.bytes.as_ptr().wrapping_add(byte)
+    }
+
+    /// # Safety
+    /// `block` is below `blocks`, and `F` the matrix's form, here and below.
+    #[inline(always)]
+    pub unsafe fn quants<F: Form>(&self, block: usize) -> *const u8 {
+        let groups = if F::SHARED == 0 { 0 } else { (self.phase + block) / SUPER + 1 };
+        self.at(groups * F::SHARED + block * F::STRIDE)
     }
 
     /// # Safety
     /// As [`TileAt::quants`].
     #[inline(always)]
-    pub unsafe fn scales(&self, block: usize) -> *const f16 {
-        self.bytes.as_ptr().wrapping_add(block * self.stride + self.block_bytes).cast()
+    pub unsafe fn scales<F: Form>(&self, block: usize) -> *const u8 {
+        unsafe { self.quants::<F>(block).wrapping_add(F::BLOCK_BYTES) }
+    }
+
+    /// What the block's scales are multiplied by.
+    ///
+    /// # Safety
+    /// As [`TileAt::quants`].
+    #[inline(always)]
+    pub unsafe fn shared<F: Form>(&self, block: usize) -> *const u8 {
+        let group = (self.phase + block) / SUPER;
+        self.at(group * F::SHARED + (group * SUPER).saturating_sub(self.phase) * F::STRIDE)
     }
 
     /// Fetches what will be needed some blocks after this one, in this tile or the one behind it.
@@ -53,12 +75,13 @@ impl TileAt<'_> {
     /// # Safety
     /// The CPU has the instructions of `L`.
     #[inline(always)]
-    pub unsafe fn prefetch<L: Lanes, const NIBBLES: bool>(&self, block: usize) {
+    pub unsafe fn prefetch<L: Lanes, F: Form>(&self, block: usize) {
         unsafe {
-            let ahead = self.quants(block).wrapping_add(AHEAD[usize::from(NIBBLES)]);
-            for line in (0..self.stride).step_by(64) {
+            let near = F::BITS < 8;
+            let ahead = self.quants::<F>(block).wrapping_add(AHEAD[usize::from(near)]);
+            for line in (0..F::STRIDE).step_by(64) {
                 let line = ahead.wrapping_add(line);
-                if NIBBLES { L::prefetch_near(line) } else { L::prefetch(line) }
+                if near { L::prefetch_near(line) } else { L::prefetch(line) }
             }
         }
     }

@@ -68,11 +68,21 @@ pub(super) trait Vectors: Lanes {
         }
     }
 
-    /// The 4 columns of a vector of 8-bit values.
+    /// Vector `g` of a block of values of 4 bits and `HIGH` more, which lie behind those; `offset` is taken from them.
     ///
     /// # Safety
-    /// As [`Vectors::quants`].
-    unsafe fn columns(p: *const u8) -> [Self; 4];
+    /// As [`Vectors::quants`], of the whole block; `g` is below 8.
+    unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> Self::Quants;
+    /// What the 4 columns of a vector are worth.
+    ///
+    /// # Safety
+    /// As [`Vectors::levels`].
+    unsafe fn columns(quants: Self::Quants) -> [Self; 4];
+    /// 16 unsigned bytes.
+    ///
+    /// # Safety
+    /// `p` points to 16 readable bytes.
+    unsafe fn load_bytes(p: *const u8) -> Self;
     /// The 4 columns in the low or the high halves of a vector of 4-bit values.
     ///
     /// # Safety
@@ -134,8 +144,20 @@ impl Vectors for [f32; 16] {
         index
     }
     #[inline(always)]
-    unsafe fn columns(p: *const u8) -> [Self; 4] {
-        let quants = unsafe { Self::quants(p) };
+    unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> [i8; 64] {
+        let vector = |at: usize| unsafe { p.add(64 * at).cast::<[u8; 64]>().read_unaligned() };
+        let (low, high) = (vector(g % 4), vector(4 + g * HIGH / 8));
+        std::array::from_fn(|i| {
+            let more = high[i] >> (g * HIGH % 8) & ((1 << HIGH) - 1);
+            (low[i] >> (g / 4 * 4) & 15 | more << 4) as i8 - offset as i8
+        })
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> Self {
+        unsafe { p.cast::<[u8; 16]>().read_unaligned() }.map(f32::from)
+    }
+    #[inline(always)]
+    unsafe fn columns(quants: [i8; 64]) -> [Self; 4] {
         std::array::from_fn(|j| std::array::from_fn(|r| f32::from(quants[4 * r + j])))
     }
     #[inline(always)]

@@ -76,9 +76,23 @@ impl Vectors for __m512 {
         }
     }
     #[inline(always)]
-    unsafe fn columns(p: *const u8) -> [Self; 4] {
+    unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> __m512i {
         unsafe {
-            let four = _mm512_loadu_si512(p.cast());
+            let (low, high) = (_mm512_loadu_si512(p.add(64 * (g % 4)).cast()), _mm512_loadu_si512(p.add(64 * (4 + g * HIGH / 8)).cast()));
+            let low = if g < 4 { low } else { _mm512_srli_epi16::<4>(low) };
+            let high = _mm512_srl_epi16(high, _mm_cvtsi32_si128((g * HIGH % 8) as i32));
+            let high = _mm512_slli_epi16::<4>(_mm512_and_si512(high, _mm512_set1_epi8((1 << HIGH) - 1)));
+            let all = _mm512_or_si512(_mm512_and_si512(low, _mm512_set1_epi8(15)), high);
+            _mm512_add_epi8(all, _mm512_set1_epi8((128 - offset) as i8))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> Self {
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn columns(four: __m512i) -> [Self; 4] {
+        unsafe {
             [byte(four), byte(_mm512_srli_epi32::<8>(four)), byte(_mm512_srli_epi32::<16>(four)), byte(_mm512_srli_epi32::<24>(four))]
         }
     }
@@ -170,9 +184,30 @@ impl Vectors for [__m256; 2] {
         }
     }
     #[inline(always)]
-    unsafe fn columns(p: *const u8) -> [Self; 4] {
+    unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> [__m256i; 2] {
         unsafe {
-            let q = Self::quants(p);
+            let half = |at: usize| {
+                let (low, high) = (p.add(64 * (g % 4) + at), p.add(64 * (4 + g * HIGH / 8) + at));
+                let (low, high) = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(high.cast()));
+                let low = if g < 4 { low } else { _mm256_srli_epi16::<4>(low) };
+                let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128((g * HIGH % 8) as i32));
+                let high = _mm256_slli_epi16::<4>(_mm256_and_si256(high, _mm256_set1_epi8((1 << HIGH) - 1)));
+                let all = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
+                _mm256_sub_epi8(all, _mm256_set1_epi8(offset as i8))
+            };
+            [half(0), half(32)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(p: *const u8) -> Self {
+        unsafe {
+            let half = |at: usize| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at).cast())));
+            [half(0), half(8)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn columns(q: [__m256i; 2]) -> [Self; 4] {
+        unsafe {
             let mut out = [Self::zero(); 4];
             for half in 0..2 {
                 let q = q[half];
