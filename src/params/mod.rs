@@ -137,6 +137,11 @@ impl Parameters {
         self.0.tensors.values().map(|matrix| matrix.bytes() as u64).sum()
     }
 
+    /// Whether any of its matrices is stored in a quantised format.
+    pub(crate) fn is_quantised(&self) -> bool {
+        self.0.tensors.values().any(|matrix| matrix.dtype().quantised().is_some())
+    }
+
     /// A number that stays the same for a checkpoint wherever it lies, and differs for another one.
     ///
     /// It is a hash of the config, of all headers and of a few KiB of samples of each file's data: no proof against a forgery.

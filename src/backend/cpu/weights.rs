@@ -51,11 +51,14 @@ fn hold_one(assignment: &Assignment<'_>, weight: Weight, rank: usize, packer: Op
             slice.row_to_f32(0, &mut v);
             Ok(Held::Vector(v))
         }
-        (WeightShape::Matrix { .. }, None) => {
-            let slice = assignment.weight(weight, rank)?;
-            slice.will_need();
-            Ok(Held::Matrix(Weights::Stored(slice)))
+        (WeightShape::Matrix { .. }, packer) => {
+            let packed = packer.map(|packer| packer.pack(weight, rank)).transpose()?.flatten();
+            let stored = || {
+                let slice = assignment.weight(weight, rank)?;
+                slice.will_need();
+                Ok(Weights::Stored(slice))
+            };
+            packed.map_or_else(stored, |packed| Ok(Weights::Packed(packed))).map(Held::Matrix)
         }
-        (WeightShape::Matrix { .. }, Some(packer)) => Ok(Held::Matrix(Weights::Packed(packer.pack(weight, rank)?))),
     }
 }

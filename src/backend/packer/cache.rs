@@ -22,7 +22,7 @@ use crate::kernels::quant::{Packed, QuantFormat};
 const ALIGNMENT: usize = 64;
 
 /// Goes up with every change of [`Packed`]'s layout or of how weights are quantised.
-const LAYOUT: u32 = 2;
+const LAYOUT: u32 = 3;
 
 /// The file of a place's packed weights.
 pub(super) struct CacheFile {

@@ -10,10 +10,10 @@ use super::room::{self, Bounds, Part};
 use super::shaders::{Kernel, Pipelines, Shape};
 use super::tune::Tuner;
 use super::twins::Twins;
-use super::weights::Source;
+use super::weights::{BLOCK, Source};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
-use crate::backend::{Assignment, KvType, Lane, Room, Wire};
+use crate::backend::{Assignment, Cut, KvType, Lane, Room, Wire};
 use crate::error::Result;
 use crate::kernels::pool::Pool;
 use crate::partition::RankPartition;
@@ -247,8 +247,15 @@ impl<'a> Lowerer<'a> {
     fn source(&mut self, weight: Weight, rank: usize) -> Result<Source> {
         let of = self.assignment.ranks[rank];
         let source = match &mut self.packer {
-            Some(packer) => Source::Packed(self.pool.enter(|| packer.pack(weight, of))?),
-            None => Source::Stored(self.assignment.weight(weight, of)?),
+            Some(packer) => match self.pool.enter(|| packer.pack(weight, of))? {
+                Some(packed) => Source::Packed(packed),
+                None => {
+                    let Cut { whole, rows, cols } = self.assignment.cut(weight, of)?;
+                    let lead = cols.start % BLOCK;
+                    Source::Stored(whole.slice(rows, cols.start - lead..cols.end), lead)
+                }
+            },
+            None => Source::Stored(self.assignment.weight(weight, of)?, 0),
         };
         self.weight_bytes[rank] += source.bytes() as u64;
         Ok(source)

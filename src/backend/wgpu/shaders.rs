@@ -107,32 +107,44 @@ impl Kernel {
     }
 }
 
+/// A file of `shaders/weights/`.
+macro_rules! weights {
+    ($name:literal) => {
+        include_str!(concat!("../../../shaders/weights/", $name, ".wgsl"))
+    };
+}
+
 impl Format {
-    fn sources(self, tuning: Tuning) -> [&'static str; 2] {
-        const DENSE: &str = include_str!("../../../shaders/weights/dense.wgsl");
-        const NIBBLES: &str = include_str!("../../../shaders/weights/nibbles.wgsl");
+    fn sources(self, tuning: Tuning) -> Vec<&'static str> {
+        const PLAIN: &str = weights!("plain");
+        const DENSE: &str = weights!("dense");
+        const NIBBLES: &str = weights!("nibbles");
         match self {
-            Self::Stored(DType::F32) => [DENSE, include_str!("../../../shaders/weights/f32.wgsl")],
-            Self::Stored(DType::F16) => [DENSE, include_str!("../../../shaders/weights/f16.wgsl")],
-            Self::Stored(DType::Bf16) => [DENSE, include_str!("../../../shaders/weights/bf16.wgsl")],
-            Self::Packed(QuantFormat::Q8_0) => ["", include_str!("../../../shaders/weights/q8_0.wgsl")],
-            Self::Packed(QuantFormat::Q4_0) => [NIBBLES, include_str!("../../../shaders/weights/q4_0.wgsl")],
-            Self::Packed(QuantFormat::Iq4Nl) if tuning.computed_levels => {
-                [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")]
-            }
-            Self::Packed(QuantFormat::Iq4Nl) => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
-            Self::Packed(_) | Self::Stored(DType::Quantised(_)) => unreachable!("nothing loads these yet"),
+            Self::Stored(DType::F32) => vec![PLAIN, DENSE, weights!("f32")],
+            Self::Stored(DType::F16) => vec![PLAIN, DENSE, weights!("f16")],
+            Self::Stored(DType::Bf16) => vec![PLAIN, DENSE, weights!("bf16")],
+            Self::Stored(DType::Quantised(format)) | Self::Packed(format) => match format {
+                QuantFormat::Q8_0 => vec![PLAIN, weights!("q8_0")],
+                QuantFormat::Q4_0 => vec![PLAIN, NIBBLES, weights!("q4_0")],
+                QuantFormat::Iq4Nl if tuning.computed_levels => vec![PLAIN, NIBBLES, weights!("iq4_nl_computed")],
+                QuantFormat::Iq4Nl => vec![PLAIN, NIBBLES, weights!("iq4_nl")],
+                QuantFormat::Q4_1 => vec![weights!("q4_1")],
+                QuantFormat::Q5_0 => vec![PLAIN, weights!("q5_0")],
+                QuantFormat::Q5_1 => vec![weights!("q5_1")],
+                QuantFormat::Q4K => vec![weights!("q4_k")],
+                QuantFormat::Q5K => vec![weights!("q5_k")],
+                QuantFormat::Q6K => vec![weights!("q6_k")],
+            },
         }
     }
 
-    /// What gives the weights as int8, where they are such times a scale.
-    fn int8_source(self) -> &'static str {
+    /// What gives the weights as int8, where they are such times a scale; `None` where there is no such kernel.
+    pub(super) fn int8_source(self) -> Option<&'static str> {
         match self {
-            Self::Stored(_) => "",
-            Self::Packed(QuantFormat::Q8_0) => include_str!("../../../shaders/weights/int8/q8_0.wgsl"),
-            Self::Packed(QuantFormat::Q4_0) => include_str!("../../../shaders/weights/int8/q4_0.wgsl"),
-            Self::Packed(QuantFormat::Iq4Nl) => include_str!("../../../shaders/weights/int8/iq4_nl.wgsl"),
-            Self::Packed(_) => "",
+            Self::Packed(QuantFormat::Q8_0) => Some(weights!("int8/q8_0")),
+            Self::Packed(QuantFormat::Q4_0) => Some(weights!("int8/q4_0")),
+            Self::Packed(QuantFormat::Iq4Nl) => Some(weights!("int8/iq4_nl")),
+            Self::Packed(_) | Self::Stored(_) => None,
         }
     }
 }
@@ -159,8 +171,8 @@ pub(super) struct Shape {
     pub lead: u32,
     pub eps: f32,
     pub scale: f32,
-    pub unused0: u32,
-    pub unused1: u32,
+    pub phase: u32,
+    pub unused: u32,
 }
 
 /// The WGSL of a module.
@@ -170,7 +182,7 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
         parts.push(include_str!("../../../shaders/weights/blocks.wgsl"));
         parts.extend(format.sources(tuning));
         if matches!(kernel, Kernel::LinearInt8(..)) {
-            parts.push(format.int8_source());
+            parts.extend(format.int8_source());
         }
         parts.push(match finish {
             Finish::Store => include_str!("../../../shaders/finish/store.wgsl"),

@@ -8,7 +8,7 @@ use crate::backend::wgpu::room;
 use crate::backend::wgpu::shaders::{Finish, Kernel, Shape};
 use crate::backend::wgpu::tune::Layer;
 use crate::backend::wgpu::tuning::Linear;
-use crate::backend::wgpu::weights::{BLOCK, Format, GpuWeight, TILE};
+use crate::backend::wgpu::weights::{BLOCK, GpuWeight, TILE};
 use crate::error::Result;
 use crate::partition::RankPartition;
 use crate::plan::{Buf, Weight};
@@ -87,27 +87,27 @@ impl Lowerer<'_> {
             return Err(self.gpu.owner.error(problem));
         }
         for block in &weight.blocks {
-            let layer = Layer { format: weight.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
+            let layer = Layer { format: block.format, blocks: weight.blocks_of_columns, tiles: block.rows.div_ceil(TILE) };
             let mut variants = self.tuner.linear(self.gpu, &mut self.pipelines, layer, &block.buffer)?;
-            if let Format::Stored(_) = weight.format {
-                // They are no small integers times a scale.
+            if block.format.int8_source().is_none() {
                 variants.int8 = None;
             }
             let shape = Shape {
                 blocks: weight.blocks_of_columns as u32,
                 out: block.rows as u32,
                 first_out: (first + block.first / merged) as u32,
+                phase: weight.phase as u32,
                 ..shape
             };
             let kernels = |kv| {
-                let (format, finish) = (weight.format, finish(kv));
+                let (format, finish) = (block.format, finish(kv));
                 let few = [variants.one, variants.few].map(|few| Kernel::Linear(format, finish, few));
                 few.into_iter().chain(variants.many.map(|(_, tile)| Kernel::LinearTile(format, finish, tile))).collect()
             };
             let all = |x| [&block.buffer, x].into_iter().chain(buffers.iter().copied()).cloned().collect();
             self.call(x.rows, Size::Linear(block.rows, variants), kernels, shape, all(&x.buffer))?;
             if let Some((least, tile)) = variants.int8 {
-                let kernels = |kv| vec![Kernel::LinearInt8(weight.format, finish(kv), tile)];
+                let kernels = |kv| vec![Kernel::LinearInt8(block.format, finish(kv), tile)];
                 let quantised = self.quantise(x, least, variants)?;
                 self.call(x.rows, Size::LinearInt8(block.rows, variants), kernels, shape, all(&quantised))?;
             }

@@ -141,6 +141,11 @@ pub(super) struct Model {
 }
 
 impl Model {
+    /// Whether any matrix is packed.
+    fn packs(&self) -> bool {
+        self.quantised.is_some() || self.tensors.values().any(|matrix| matrix.dtype().quantised().is_some())
+    }
+
     /// One layer on one rank, without weights.
     pub(super) fn new(hidden: usize, head_dim: usize, n_heads: usize, n_kv_heads: usize, channels: usize) -> Self {
         let config = Config {
@@ -187,7 +192,7 @@ impl Model {
             config: &self.config,
             partition: &self.partition,
             tensor: &tensor,
-            packing: self.quantised.map(|format| Packing { format, cache: None, progress: &|_| {} }),
+            packing: self.packs().then_some(Packing { format: self.quantised, cache: None, progress: &|_| {} }),
         })
     }
 
