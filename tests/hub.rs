@@ -311,6 +311,7 @@ fn what_is_not_what_the_hub_says_is_never_taken_for_the_file() {
     }
 }
 
+#[cfg(unix)]
 #[test]
 fn a_full_disk_is_told_and_what_was_written_is_kept() {
     let (user, server) = (User::new(), Server::usual(stories()));
