@@ -37,6 +37,7 @@ mod config;
 mod device;
 mod error;
 mod generate;
+mod hub;
 mod kept;
 mod kernels;
 mod model;
@@ -56,6 +57,7 @@ pub use config::Config;
 pub use device::{Device, DeviceKind, DeviceLimits, KernelTime, devices};
 pub use error::{Error, Result};
 pub use generate::{DraftCounts, FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
+pub use hub::{FetchProgress, fetch_model, fetch_tokenizer, is_model_name};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,

@@ -15,6 +15,8 @@ use crate::config::{CONFIG_LIMIT, Config, Keys, read_at_most};
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
 use crate::tokenizer::Tokenizer;
+#[cfg(feature = "hub")]
+pub(crate) use files::shards_of;
 pub use generation::GenerationConfig;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
