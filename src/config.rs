@@ -1,6 +1,7 @@
 //! [`Config`]: the model's numbers, read from `config.json` and checked.
 
 mod keys;
+mod rope;
 
 use std::path::Path;
 
@@ -8,6 +9,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 pub(crate) use keys::{Keys, open, read_at_most};
+pub use rope::RopeScaling;
 
 /// Most bytes of a `config.json`; those in use have about a thousand.
 pub(crate) const CONFIG_LIMIT: u64 = 1 << 20;
@@ -34,6 +36,8 @@ pub struct Config {
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
+    /// How the rotary frequencies are scaled; `None` where they are not.
+    pub rope_scaling: Option<RopeScaling>,
     /// The longest sequence, in positions.
     pub max_position_embeddings: usize,
     /// A position sees this many positions, itself included; `None` for all.
@@ -86,6 +90,10 @@ impl Config {
         if !head_dim.is_multiple_of(2) {
             return Err(Error::config(path, format!("head_dim is {head_dim}; rotary positions need an even one")));
         }
+        let (rope_theta, rope_scaling) = rope::read(&keys)?;
+        if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(head_dim)) {
+            return Err(Error::config(path, format!("rotary scaling: {problem}")));
+        }
         let config = Self {
             vocab_size: keys.required_size("vocab_size")?,
             hidden_size,
@@ -95,7 +103,8 @@ impl Config {
             n_kv_heads,
             head_dim,
             rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta: rope_theta(&keys)?,
+            rope_theta,
+            rope_scaling,
             max_position_embeddings: keys.required_size("max_position_embeddings")?,
             sliding_window: if windowed { sliding_window(&keys)? } else { None },
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
@@ -153,35 +162,11 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
             return Err(unsupported(bias, "true", "linear layers without biases"));
         }
     }
-    for (key, supported) in [("rope_scaling", "unscaled rotary positions"), ("quantization_config", "F32, F16 and BF16 weights")] {
-        if let Some(value) = keys.get(key) {
-            let is_default = |name| value.get(name).and_then(Value::as_str) == Some("default");
-            if key == "rope_scaling" && (is_default("rope_type") || is_default("type")) {
-                continue;
-            }
-            let named = ["rope_type", "type", "quant_method"].iter().find_map(|name| value.get(name)?.as_str());
-            return Err(unsupported(key, named.map_or_else(|| keys::shown(value), Into::into), supported));
-        }
+    if let Some(value) = keys.get("quantization_config") {
+        let named = value.get("quant_method").and_then(Value::as_str);
+        return Err(unsupported("quantization_config", named.map_or_else(|| keys::shown(value), Into::into), "F32, F16 and BF16 weights"));
     }
     Ok(())
-}
-
-/// Transformers 5 writes `rope_parameters`, which win; before, `rope_theta` stood alone, and may be left out.
-fn rope_theta(keys: &Keys) -> Result<f32> {
-    let Some(rope) = keys.object("rope_parameters", "rope_parameters.")? else {
-        return Ok(keys.positive("rope_theta")?.unwrap_or(10_000.0));
-    };
-    match rope.text("rope_type")? {
-        None | Some("default") => {}
-        Some(other) => return Err(unsupported("rope_parameters.rope_type", other, "\"default\"")),
-    }
-    if let Some(part) = rope.get("partial_rotary_factor").filter(|part| part.as_f64() != Some(1.0)) {
-        return Err(unsupported("rope_parameters.partial_rotary_factor", keys::shown(part), "heads that rotate whole"));
-    }
-    match rope.positive("rope_theta")? {
-        Some(theta) => Ok(theta),
-        None => keys.positive("rope_theta")?.ok_or_else(|| rope.wrong("rope_theta", "it has no default")),
-    }
 }
 
 /// Null means no window; for the absent key transformers' `MistralConfig` says 4096.

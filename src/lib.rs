@@ -53,7 +53,7 @@ mod trace;
 
 pub use backend::{KvType, PlaceCounts};
 pub use collective::{Alone, Collective};
-pub use config::Config;
+pub use config::{Config, RopeScaling};
 pub use device::{Device, DeviceKind, DeviceLimits, KernelTime, devices};
 pub use error::{Error, Result};
 pub use generate::{DraftCounts, FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};

@@ -9,7 +9,7 @@ use common::{Spec, write_checkpoint};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-use torchless::{Config, DType, Error, Matrix, Parameters};
+use torchless::{Config, DType, Error, Matrix, Parameters, RopeScaling};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -43,7 +43,7 @@ fn config_with(change: impl FnOnce(&mut serde_json::Map<String, Value>)) -> Resu
 
 #[test]
 fn every_fixture_loads_and_its_embedding_holds_the_expected_values() {
-    for name in ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied"] {
+    for name in common::fixture::ALL {
         let params = Parameters::load(fixture(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let expected = fs::read(fixture(name).join("expected.safetensors")).unwrap();
         let expected = SafeTensors::deserialize(&expected).unwrap();
@@ -87,6 +87,13 @@ fn both_forms_of_a_config_say_the_same() {
     let old = Config::load(dir.join("config.json")).unwrap();
     assert_eq!(old, Config::load(dir.join("config.transformers5.json")).unwrap());
     assert_eq!((old.head_dim, old.rope_theta, old.n_heads, old.n_kv_heads), (16, 1e6, 8, 4));
+    let llama3 = RopeScaling::Llama3 { factor: 4.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 32 };
+    for (name, scaling) in [("rope-llama3", llama3), ("rope-linear", RopeScaling::Linear { factor: 4.0 })] {
+        for file in ["config.json", "config.transformers5.json"] {
+            let config = Config::load(fixture(name).join(file)).unwrap();
+            assert_eq!((config.rope_scaling.as_ref(), config.rope_theta), (Some(&scaling), 10_000.0), "{name}/{file}");
+        }
+    }
 }
 
 #[test]
@@ -141,6 +148,25 @@ fn rope_parameters_go_before_the_older_key_and_may_leave_theta_to_it() {
         config.insert("rope_parameters".into(), json!({"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}));
     });
     assert!(nested.unwrap_err().to_string().contains("rope_parameters.rope_theta is absent"));
+}
+
+#[test]
+fn rope_scaling_has_one_meaning_under_its_older_and_its_newer_names() {
+    let scaling = |rows: &[(&str, Value)]| {
+        let config = config_with(|config| config.extend(rows.iter().map(|(key, value)| ((*key).to_owned(), value.clone()))));
+        config.map(|config| config.rope_scaling)
+    };
+    let linear = Some(RopeScaling::Linear { factor: 2.5 });
+    let (older, oldest) = (json!({"rope_type": "linear", "factor": 2.5}), json!({"type": "linear", "factor": 2.5}));
+    let newer = json!({"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4});
+    assert_eq!(scaling(&[("rope_scaling", older.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_scaling", oldest.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_parameters", newer.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_parameters", newer), ("rope_scaling", oldest)]).unwrap(), linear);
+    let default = json!({"rope_type": "default", "rope_theta": 1e4});
+    assert_eq!(scaling(&[("rope_parameters", default.clone())]).unwrap(), None);
+    let both = scaling(&[("rope_parameters", default), ("rope_scaling", older)]).unwrap_err().to_string();
+    assert!(both.contains("rope_scaling") && both.contains("rope_parameters say something else"), "{both}");
 }
 
 #[test]

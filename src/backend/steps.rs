@@ -79,6 +79,7 @@ mod tests {
             head_dim: 8,
             rms_norm_eps: 1e-5,
             rope_theta: 1e4,
+            rope_scaling: None,
             max_position_embeddings: 128,
             sliding_window: None,
             tie_word_embeddings: false,

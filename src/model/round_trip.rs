@@ -141,6 +141,7 @@ fn places(plan: &Plan, devices: &[Device], values: usize, rows: usize, wire: Wir
         head_dim: 2,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
+        rope_scaling: None,
         max_position_embeddings: rows,
         sliding_window: None,
         tie_word_embeddings: false,

@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use torchless::{Config, InferenceState, ParallelMistral, Parameters, Result};
 
 /// All checkpoints of tests/fixtures.
-pub const ALL: [&str; 6] = ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied"];
+pub const ALL: [&str; 8] = ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied", "rope-llama3", "rope-linear"];
 
 /// One prompt and its answers.
 pub struct Case {

@@ -158,6 +158,7 @@ impl Model {
             head_dim,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
+            rope_scaling: None,
             max_position_embeddings: 4096,
             sliding_window: None,
             tie_word_embeddings: false,
