@@ -1,4 +1,4 @@
-//! [`Config`]: the model's numbers, read from `config.json` and checked.
+//! [`Config`]: the model's numbers, read from `config.json` and checked. Those of GGUF files: `params/gguf/config.rs`.
 
 mod keys;
 mod rope;
@@ -109,11 +109,17 @@ impl Config {
             sliding_window: if windowed { sliding_window(&keys)? } else { None },
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
         };
-        let bytes = config.f32_bytes();
+        config.check_bytes(path)?;
+        Ok(config)
+    }
+
+    /// Refuses sizes, which `path` gave, whose products can't be counted.
+    pub(crate) fn check_bytes(&self, path: &Path) -> Result<()> {
+        let bytes = self.f32_bytes();
         if bytes > isize::MAX as u128 {
             return Err(Error::config(path, format!("the sizes multiply to a model of {bytes} bytes, which no memory can hold")));
         }
-        Ok(config)
+        Ok(())
     }
 
     /// Elements of all query heads: the rows of `q_proj`.

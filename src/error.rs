@@ -15,7 +15,8 @@ pub enum Error {
     #[error("cannot {action} {}: {source}", path.display())]
     Io { path: PathBuf, action: &'static str, source: std::io::Error },
 
-    /// `config.json`, `generation_config.json` or the shard index is damaged or contradicts itself, or the directory holds no model.
+    /// `config.json`, `generation_config.json`, the shard index or the metadata of a GGUF file is damaged or contradicts itself, or the
+    /// directory holds no model, or more than one.
     #[error("{}: {problem}", path.display())]
     Config { path: PathBuf, problem: String },
 
@@ -23,9 +24,9 @@ pub enum Error {
     #[error("{what} {found:?} is not supported; torchless supports {supported}")]
     Unsupported { what: &'static str, found: String, supported: &'static str },
 
-    /// A safetensors file is damaged.
-    #[error("{} is not a sound safetensors file: {problem}", path.display())]
-    Checkpoint { path: PathBuf, problem: String },
+    /// A file of tensors, of this kind (`safetensors` or `GGUF`), is damaged.
+    #[error("{} is not a sound {kind} file: {problem}", path.display())]
+    Checkpoint { path: PathBuf, kind: &'static str, problem: String },
 
     /// A tensor is missing, has the wrong shape or dtype, or doesn't lie at a multiple of its element's size.
     #[error("tensor {name:?} {problem}")]

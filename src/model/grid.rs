@@ -77,7 +77,7 @@ impl Grid {
             overlap(&mut layouts);
         }
         let stamp = params.stamp();
-        let cache = config.cache_weights.then_some((params.path(), &stamp[..]));
+        let cache = config.cache_weights.then_some((params.directory(), &stamp[..]));
         let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
         let count = |bytes: usize| progress(done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64, all);
         let packing = packing(&params, config, cache, &count)?;

@@ -22,6 +22,11 @@ struct Index {
     weight_map: ByTensor<String>,
 }
 
+/// Whether there is a checkpoint in `dir`, sound or not.
+pub(super) fn any(dir: &Path) -> bool {
+    [SINGLE, INDEX].iter().any(|name| dir.join(name).exists())
+}
+
 /// Opens the files of the checkpoint in `dir`. As in transformers, a single file goes before an index.
 pub(super) fn open_all(dir: &Path) -> Result<Vec<SafetensorsFile>> {
     let (single, index) = (dir.join(SINGLE), dir.join(INDEX));
@@ -31,7 +36,7 @@ pub(super) fn open_all(dir: &Path) -> Result<Vec<SafetensorsFile>> {
     if index.exists() {
         return open_shards(dir, &index);
     }
-    Err(Error::config(dir, format!("the directory holds neither {SINGLE} nor {INDEX}")))
+    Err(Error::config(dir, format!("the directory holds neither {SINGLE} nor {INDEX}, nor a GGUF file")))
 }
 
 /// The index is the authority: every shard must hold the tensors that it assigns to it, and no others.

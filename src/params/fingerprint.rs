@@ -1,14 +1,14 @@
 //! What tells two checkpoints apart without reading them whole.
 
-use super::safetensors::SafetensorsFile;
+use super::mapped::MappedFile;
 
 /// Places in each file's data that are read, spread evenly from its first byte to its last, and bytes of each.
 const SAMPLES: usize = 64;
 const SAMPLE_LEN: usize = 64;
 
-/// A number that stays the same for the same files, on any machine and in any version: the hash of `config.json`, of each file's header and
+/// A number that stays the same for the same files, on any machine and in any version: the hash of `config.json`, if there is one, of each file's header and
 /// length, and of samples of its data, so that two trainings of one architecture differ.
-pub(super) fn fingerprint(config: &[u8], files: &[SafetensorsFile]) -> u64 {
+pub(super) fn fingerprint(config: &[u8], files: &[&MappedFile]) -> u64 {
     let mut hash = Fnv1a::new();
     hash.add(config);
     for file in files {
@@ -25,7 +25,7 @@ pub(super) fn fingerprint(config: &[u8], files: &[SafetensorsFile]) -> u64 {
 }
 
 /// [`fingerprint`] with the time at which each file was last written: the samples can't see a change between them.
-pub(super) fn stamp(fingerprint: u64, files: &[SafetensorsFile]) -> String {
+pub(super) fn stamp(fingerprint: u64, files: &[&MappedFile]) -> String {
     let written: Vec<u128> = files.iter().map(|file| file.written().map_or(0, |since| since.as_nanos())).collect();
     format!("{fingerprint:016x} written {written:?}")
 }

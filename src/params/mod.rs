@@ -4,6 +4,8 @@ mod by_tensor;
 mod files;
 mod fingerprint;
 mod generation;
+mod gguf;
+mod mapped;
 mod safetensors;
 
 use std::collections::HashMap;
@@ -18,11 +20,13 @@ use crate::tokenizer::Tokenizer;
 #[cfg(feature = "hub")]
 pub(crate) use files::shards_of;
 pub use generation::GenerationConfig;
+use gguf::{GgufModel, Metadata};
+use mapped::MappedFile;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
 
-/// A checkpoint in a Hugging Face directory: its sizes, and its tensors where they lie in the mapped files.
+/// A checkpoint in a Hugging Face directory or in GGUF files: its sizes, and its tensors where they lie in the mapped files.
 ///
 /// Cloning copies nothing, and all clones share the maps.
 #[derive(Clone)]
@@ -36,22 +40,14 @@ struct Checkpoint {
     tensors: HashMap<String, Matrix>,
     fingerprint: u64,
     stamp: String,
+    /// Of a GGUF file: what it says of text, among others.
+    metadata: Option<Metadata>,
     /// Read when text is first needed.
     tokenizer: OnceLock<Tokenizer>,
 }
 
-impl Parameters {
-    /// Opens the directory of a checkpoint: `config.json`, `model.safetensors` or its shards, and `generation_config.json` if it is there.
-    ///
-    /// Every tensor that the model needs is checked before this returns, and none is read: the files are mapped.
-    /// While any clone lives, the files must not be changed: reading a mapped file that was cut short ends the process (SIGBUS).
-    /// Infinities and NaN among the weights are not looked for.
-    ///
-    /// # Errors
-    /// [`Error::Io`]; those of [`Config::load`]; [`Error::Checkpoint`] if a safetensors file is damaged; [`Error::Tensor`] if a tensor
-    /// is missing, or isn't what the sizes make it; [`Error::Unsupported`] if a layer has biases.
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let dir = path.as_ref();
+impl Checkpoint {
+    fn in_directory(dir: &Path) -> Result<Self> {
         // Fails on what isn't a directory, by the right name.
         fs::read_dir(dir).map_err(Error::io("open", dir))?;
         let config_path = dir.join("config.json");
@@ -72,10 +68,49 @@ impl Parameters {
             let matrix = file.matrix(&name, &shape)?;
             tensors.insert(name, matrix);
         }
+        let files: Vec<&MappedFile> = files.iter().map(safetensors::SafetensorsFile::file).collect();
         let fingerprint = fingerprint::fingerprint(&json, &files);
         let stamp = fingerprint::stamp(fingerprint, &files);
         let tokenizer = OnceLock::new();
-        Ok(Self(Arc::new(Checkpoint { path: dir.into(), config, generation, tensors, fingerprint, stamp, tokenizer })))
+        Ok(Self { path: dir.into(), config, generation, tensors, fingerprint, stamp, metadata: None, tokenizer })
+    }
+
+    /// The model of which `file` is the file or a part, where the caller named `path`.
+    fn in_gguf(path: &Path, file: &Path) -> Result<Self> {
+        let model = GgufModel::open(file)?;
+        let tensors = model.tensors()?;
+        let files = model.files();
+        // The metadata is in the header.
+        let fingerprint = fingerprint::fingerprint(&[], &files);
+        let stamp = fingerprint::stamp(fingerprint, &files);
+        let (metadata, tokenizer) = (Some(model.metadata().clone()), OnceLock::new());
+        let GgufModel { config, generation, .. } = model;
+        Ok(Self { path: path.into(), config, generation, tensors, fingerprint, stamp, metadata, tokenizer })
+    }
+}
+
+impl Parameters {
+    /// Opens a checkpoint: a Hugging Face directory, or GGUF files.
+    ///
+    /// A directory has `config.json`, `model.safetensors` or its shards, and `generation_config.json` if it is there. A GGUF model is named by
+    /// its file, by any part of a split set, or by a directory that holds it and no other model; it must be of architecture `llama`,
+    /// which is Mistral's too, and its tensors get the names and the order that they have in Hugging Face checkpoints.
+    ///
+    /// Every tensor that the model needs is checked before this returns, and none is read: the files are mapped.
+    /// While any clone lives, the files must not be changed: reading a mapped file that was cut short ends the process (SIGBUS).
+    /// Infinities and NaN among the weights, or among the scales of quantised ones, are not looked for.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; those of [`Config::load`], also for the metadata of a GGUF file; [`Error::Checkpoint`] if a file is damaged;
+    /// [`Error::Config`] if a part is missing, or there are several GGUF models; [`Error::Tensor`] if a tensor is missing, or isn't what the
+    /// sizes make it; [`Error::Unsupported`] if a layer has biases.
+    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let checkpoint = match gguf::named_by(path)? {
+            Some(file) => Checkpoint::in_gguf(path, &file)?,
+            None => Checkpoint::in_directory(path)?,
+        };
+        Ok(Self(Arc::new(checkpoint)))
     }
 
     /// The model's sizes and constants.
@@ -93,22 +128,31 @@ impl Parameters {
     /// The tokenizer, read at the first call: a checkpoint without one loads too.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`.
+    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`; [`Error::Tokenizer`] for a GGUF file.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         if let Some(tokenizer) = self.0.tokenizer.get() {
             return Ok(tokenizer);
+        }
+        if self.0.metadata.is_some() {
+            return Err(Error::Tokenizer(format!("the vocabulary of {} cannot be used yet; token ids can", self.0.path.display())));
         }
         let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
         Ok(self.0.tokenizer.get_or_init(|| tokenizer))
     }
 
-    /// The directory that was loaded.
+    /// The directory or file that was loaded.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// A whole tensor of the model by its name in the checkpoint: `[out_features, in_features]`; a vector is a matrix of one row.
+    /// The directory in which the files lie.
+    pub(crate) fn directory(&self) -> &Path {
+        let path = self.path();
+        if path.is_file() { path.parent().unwrap_or(path) } else { path }
+    }
+
+    /// A whole tensor of the model by its name in Hugging Face checkpoints: `[out_features, in_features]`; a vector is a matrix of one row.
     ///
     /// # Errors
     /// [`Error::Tensor`] if the model has no tensor of that name.
@@ -119,7 +163,7 @@ impl Parameters {
 
     /// The same model with its first `n` layers only, to measure with.
     pub(crate) fn first_layers(&self, n: usize) -> Self {
-        let Checkpoint { path, config, generation, tensors, fingerprint, stamp, .. } = &*self.0;
+        let Checkpoint { path, config, generation, tensors, fingerprint, stamp, metadata, .. } = &*self.0;
         let config = Config { n_layers: n, ..config.clone() };
         let tensors = tensors_of(&config).filter_map(|(name, _)| tensors.get(&name).cloned().map(|matrix| (name, matrix))).collect();
         Self(Arc::new(Checkpoint {
@@ -129,6 +173,7 @@ impl Parameters {
             tensors,
             fingerprint: fingerprint ^ n as u64,
             stamp: stamp.clone(),
+            metadata: metadata.clone(),
             tokenizer: OnceLock::new(),
         }))
     }
@@ -146,7 +191,7 @@ impl Parameters {
 
     /// A number that stays the same for a checkpoint wherever it lies, and differs for another one.
     ///
-    /// It is a hash of the config, of all headers and of a few KiB of samples of each file's data: no proof against a forgery.
+    /// It is a hash of the config or metadata, of all headers and of a few KiB of samples of each file's data: no proof against a forgery.
     #[must_use]
     pub fn fingerprint(&self) -> u64 {
         self.0.fingerprint

@@ -7,19 +7,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
 
-use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 
 use super::by_tensor::ByTensor;
-use crate::config::open;
+use super::mapped::MappedFile;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::{DType, Matrix};
-
-#[cfg(target_endian = "big")]
-compile_error!("safetensors files are little-endian, and torchless reads their elements in place");
 
 /// Most bytes of a header, as the format says.
 const HEADER_LIMIT: u64 = 100_000_000;
@@ -28,37 +23,18 @@ const HEADER_LIMIT: u64 = 100_000_000;
 const DIMS_LIMIT: usize = 64;
 
 pub(super) struct SafetensorsFile {
-    path: PathBuf,
-    map: Arc<Mmap>,
-    /// The byte at which the data starts, right after the header.
-    data: usize,
+    file: MappedFile,
     tensors: BTreeMap<String, TensorInfo>,
 }
 
 impl SafetensorsFile {
     pub(super) fn open(path: PathBuf) -> Result<Self> {
-        let file = open(&path)?;
-        // SAFETY: the map is read only. Nobody may change the file under it, which `Parameters::load` asks of its caller.
-        let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
-        match read_header(&map) {
-            Ok((data, tensors)) => Ok(Self { path, map: Arc::new(map), data, tensors }),
-            Err(problem) => Err(Error::Checkpoint { path, problem }),
-        }
+        let (file, tensors) = MappedFile::open(path, "safetensors", read_header)?;
+        Ok(Self { file, tensors })
     }
 
-    /// The whole file, as mapped.
-    pub(super) fn bytes(&self) -> &[u8] {
-        &self.map
-    }
-
-    /// When the file was last written, since 1970, as the system says.
-    pub(super) fn written(&self) -> Option<Duration> {
-        self.path.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok()
-    }
-
-    /// The bytes before the data: the header and its length.
-    pub(super) fn header_len(&self) -> usize {
-        self.data
+    pub(super) fn file(&self) -> &MappedFile {
+        &self.file
     }
 
     /// Every tensor's name, in alphabetical order.
@@ -72,7 +48,7 @@ impl SafetensorsFile {
 
     /// A tensor that must have this shape, `[rows, cols]` or `[cols]`, in a dtype that [`Matrix`] has.
     pub(super) fn matrix(&self, name: &str, shape: &[usize]) -> Result<Matrix> {
-        let info = self.tensors.get(name).ok_or_else(|| Error::tensor(name, format!("is missing from {}", self.path.display())))?;
+        let info = self.tensors.get(name).ok_or_else(|| Error::tensor(name, format!("is missing from {}", self.file.path().display())))?;
         if info.shape != shape {
             return Err(Error::tensor(name, format!("has shape {:?}; the sizes of config.json make it {shape:?}", info.shape)));
         }
@@ -86,7 +62,7 @@ impl SafetensorsFile {
             [rows, cols] => (rows, cols),
             _ => (1, shape.iter().product()),
         };
-        Matrix::mapped(Arc::clone(&self.map), self.data + info.data_offsets.0, dtype, rows, cols)
+        Matrix::mapped(Arc::clone(self.file.map()), self.file.header_len() + info.data_offsets.0, dtype, rows, cols)
             .map_err(|problem| Error::tensor(name, problem))
     }
 }

@@ -1,0 +1,38 @@
+//! The names of tensors in GGUF files.
+
+/// A tensor's name in Hugging Face checkpoints and in GGUF files, without `.weight`.
+const ENDS: [(&str, &str); 3] = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
+
+/// The same within a layer.
+const LAYER: [(&str, &str); 9] = [
+    ("input_layernorm", "attn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+pub(super) const EMBEDDING: &str = "token_embd.weight";
+pub(super) const HEAD: &str = "output.weight";
+
+/// The rows of these are heads, in which GGUF files have the elements of a rotary pair as neighbours.
+pub(super) fn has_rotary_rows(name: &str) -> bool {
+    name.ends_with(".self_attn.q_proj.weight") || name.ends_with(".self_attn.k_proj.weight")
+}
+
+/// What GGUF files call the tensor that transformers' `MistralForCausalLM` names so.
+pub(super) fn gguf_name(name: &str) -> Option<String> {
+    let part = name.strip_suffix(".weight")?;
+    let of = |table: &[(&str, &'static str)], part: &str| table.iter().find(|(theirs, _)| *theirs == part).map(|(_, ours)| *ours);
+    match part.strip_prefix("model.layers.") {
+        Some(rest) => {
+            let (layer, part) = rest.split_once('.')?;
+            Some(format!("blk.{layer}.{}.weight", of(&LAYER, part)?))
+        }
+        None => Some(format!("{}.weight", of(&ENDS, part)?)),
+    }
+}

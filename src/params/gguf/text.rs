@@ -1,0 +1,117 @@
+//! What a GGUF file's metadata says of text: its vocabulary, and the tokens that begin and end one.
+
+use super::config::TOKENS;
+use super::metadata::Metadata;
+use crate::error::Result;
+use crate::params::GenerationConfig;
+
+const TOKEN_TYPE: &str = "tokenizer.ggml.token_type";
+const BOS: &str = "tokenizer.ggml.bos_token_id";
+const EOS: &str = "tokenizer.ggml.eos_token_id";
+
+/// In `token_type`, a token that has a meaning and no text.
+const CONTROL: i64 = 3;
+
+/// Control tokens that end what a model says, whatever `eos_token_id` is: as llama.cpp has it, of vocabularies that Llama's and Mistral's
+/// architecture occurs with. Few files name them in any other way.
+const ENDS: [&str; 11] = [
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<end_of_turn>",
+    "<end_of_utterance>",
+    "<EOT>",
+];
+
+/// A vocabulary as the metadata has it under `tokenizer.ggml`. Nothing is checked but the types of the values.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct VocabularyKeys {
+    /// `model`: `llama` for SentencePiece's BPE with scores, `gpt2` for byte-level BPE.
+    pub kind: String,
+    /// `pre`: by which rule a text is cut into words.
+    pub pre: Option<String>,
+    /// Every token's spelling, in the order of ids.
+    pub tokens: Vec<String>,
+    pub scores: Vec<f32>,
+    /// `token_type`, one a token, or none at all.
+    pub types: Vec<i32>,
+    pub merges: Vec<String>,
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    pub unk: Option<u32>,
+    pub add_bos: Option<bool>,
+    pub add_eos: Option<bool>,
+    pub add_space_prefix: Option<bool>,
+    pub remove_extra_whitespaces: Option<bool>,
+}
+
+#[cfg_attr(not(test), expect(dead_code))]
+impl Metadata {
+    /// The vocabulary, whose texts are copied out of the file.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if the model or the tokens are missing, or a value has another type.
+    pub(crate) fn vocabulary(&self) -> Result<VocabularyKeys> {
+        let flag = |name: &str| self.flag(&format!("tokenizer.ggml.{name}"));
+        let types = self.integers(TOKEN_TYPE)?.unwrap_or_default();
+        let as_i32 = |n: i64| i32::try_from(n).map_err(|_| self.wrong(TOKEN_TYPE, "integers of 32 bits are needed"));
+        Ok(VocabularyKeys {
+            kind: self.required_text("tokenizer.ggml.model")?.into(),
+            pre: self.text("tokenizer.ggml.pre")?.map(Into::into),
+            tokens: self.texts(TOKENS)?.ok_or_else(|| self.wrong(TOKENS, "it has no default"))?,
+            scores: self.floats("tokenizer.ggml.scores")?.unwrap_or_default(),
+            types: types.into_iter().map(as_i32).collect::<Result<_>>()?,
+            merges: self.texts("tokenizer.ggml.merges")?.unwrap_or_default(),
+            bos: token(self, BOS)?,
+            eos: token(self, EOS)?,
+            unk: token(self, "tokenizer.ggml.unknown_token_id")?,
+            add_bos: flag("add_bos_token")?,
+            add_eos: flag("add_eos_token")?,
+            add_space_prefix: flag("add_space_prefix")?,
+            remove_extra_whitespaces: flag("remove_extra_whitespaces")?,
+        })
+    }
+
+    /// The Jinja template that a chat is written by.
+    ///
+    /// # Errors
+    /// [`crate::Error::Config`] if it is no text.
+    pub(crate) fn chat_template(&self) -> Result<Option<&str>> {
+        self.text("tokenizer.chat_template")
+    }
+}
+
+/// The tokens that begin and end a text of a model with this many tokens.
+pub(super) fn generation(metadata: &Metadata, vocab_size: usize) -> Result<GenerationConfig> {
+    let known = |key: &str| match token(metadata, key)? {
+        Some(id) if id as usize >= vocab_size => Err(metadata.wrong(key, &format!("the vocabulary has {vocab_size} tokens"))),
+        id => Ok(id),
+    };
+    let mut ends = Vec::new();
+    for key in [EOS, "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"] {
+        ends.extend(known(key)?);
+    }
+    let types = metadata.integers(TOKEN_TYPE)?.unwrap_or_default();
+    if let Some(tokens) = metadata.raw_texts(TOKENS)? {
+        let control = tokens.zip(types).enumerate().filter(|(_, (_, kind))| *kind == CONTROL);
+        let spelt = control.filter(|(_, (token, _))| ENDS.iter().any(|end| end.as_bytes() == *token));
+        ends.extend(spelt.map(|(id, _)| id as u32));
+    }
+    let mut eos_token_id = Vec::new();
+    for id in ends {
+        if !eos_token_id.contains(&id) {
+            eos_token_id.push(id);
+        }
+    }
+    Ok(GenerationConfig { eos_token_id, bos_token_id: known(BOS)? })
+}
+
+fn token(metadata: &Metadata, key: &str) -> Result<Option<u32>> {
+    let Some(id) = metadata.integer(key)? else { return Ok(None) };
+    u32::try_from(id).map(Some).map_err(|_| metadata.wrong(key, "a token is needed"))
+}
