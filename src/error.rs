@@ -36,6 +36,10 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
 
+    /// A chat template is missing, damaged, refuses the messages or takes too much.
+    #[error("chat template: {0}")]
+    ChatTemplate(String),
+
     /// A matrix was built from the wrong number of values.
     #[error("a matrix of {rows} x {cols} cannot be made of {found} values")]
     MatrixSize { rows: usize, cols: usize, found: usize },

@@ -32,6 +32,7 @@
 struct Readme;
 
 mod backend;
+mod chat;
 mod collective;
 mod config;
 mod device;
@@ -52,6 +53,7 @@ mod tokenizer;
 mod trace;
 
 pub use backend::{KvType, PlaceCounts};
+pub use chat::{ChatMessage, ChatTemplate};
 pub use collective::{Alone, Collective};
 pub use config::{Config, RopeScaling};
 pub use device::{Device, DeviceKind, DeviceLimits, KernelTime, devices};

@@ -1,6 +1,7 @@
 //! [`Parameters`]: a checkpoint, mapped and checked.
 
 mod by_tensor;
+mod chat;
 mod files;
 mod fingerprint;
 mod generation;
@@ -13,6 +14,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use crate::chat::ChatTemplate;
 use crate::config::{CONFIG_LIMIT, Config, Keys, read_at_most};
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
@@ -138,6 +140,14 @@ impl Parameters {
         }
         let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
         Ok(self.0.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    /// The model's chat template, read at every call: `chat_template.jinja`, or what `tokenizer_config.json` has.
+    ///
+    /// # Errors
+    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        chat::load(&self.0.path)
     }
 
     /// The directory or file that was loaded.
