@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let tokenizer = Tokenizer::from_file(args.model.join("tokenizer.json"))?;
+    let tokenizer = Tokenizer::from_dir(&args.model)?;
     if let Some(path) = &args.decode {
         return decode(&tokenizer, &files::read_ids(path)?, args.json);
     }

@@ -91,12 +91,12 @@ impl Parameters {
     /// The tokenizer, read at the first call: a checkpoint without one loads too.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`.
+    /// As [`Tokenizer::from_dir`].
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         if let Some(tokenizer) = self.0.tokenizer.get() {
             return Ok(tokenizer);
         }
-        let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
+        let tokenizer = Tokenizer::from_dir(&self.0.path)?;
         Ok(self.0.tokenizer.get_or_init(|| tokenizer))
     }
 
