@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use torchless::Tokenizer;
+use torchless::{Parameters, Tokenizer};
 
 use super::model::ModelArg;
 use super::output::{print, print_json, table};
@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let tokenizer = Tokenizer::from_file(args.model.tokenizer_path()?.join("tokenizer.json"))?;
+    let tokenizer = Parameters::load_tokenizer(args.model.tokenizer_path()?)?;
     if let Some(path) = &args.decode {
         return decode(&tokenizer, &files::read_ids(path)?, args.json);
     }

@@ -130,24 +130,44 @@ impl Parameters {
     /// The tokenizer, read at the first call: a checkpoint without one loads too.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`; [`Error::Tokenizer`] for a GGUF file.
+    /// As [`Tokenizer::from_dir`]; of a GGUF file, [`Error::Config`] if it has no vocabulary, [`Error::Tokenizer`] or [`Error::Unsupported`] if
+    /// that is none that can be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         if let Some(tokenizer) = self.0.tokenizer.get() {
             return Ok(tokenizer);
         }
-        if self.0.metadata.is_some() {
-            return Err(Error::Tokenizer(format!("the vocabulary of {} cannot be used yet; token ids can", self.0.path.display())));
-        }
-        let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
+        let tokenizer = match &self.0.metadata {
+            Some(metadata) => Tokenizer::from_vocabulary(metadata.vocabulary()?)?,
+            None => Tokenizer::from_dir(&self.0.path)?,
+        };
         Ok(self.0.tokenizer.get_or_init(|| tokenizer))
     }
 
-    /// The model's chat template, read at every call: `chat_template.jinja`, or what `tokenizer_config.json` has.
+    /// The tokenizer of the model at a path that [`Self::load`] takes, whose weights need not be there.
     ///
     /// # Errors
-    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files.
+    /// As [`Self::tokenizer`], and those of [`Self::load`] for the file that says it.
+    pub fn load_tokenizer(path: impl AsRef<Path>) -> Result<Tokenizer> {
+        match gguf::named_by(path.as_ref())? {
+            Some(file) => Tokenizer::from_vocabulary(gguf::vocabulary(&file)?),
+            None => Tokenizer::from_dir(path),
+        }
+    }
+
+    /// The model's chat template, read at every call: `chat_template.jinja`, or what `tokenizer_config.json` has, or a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files; those of
+    /// [`Self::tokenizer`] for a GGUF file, whose vocabulary spells the tokens that a template names.
     pub fn chat_template(&self) -> Result<ChatTemplate> {
-        chat::load(&self.0.path)
+        let Some(metadata) = &self.0.metadata else { return chat::load(&self.0.path) };
+        let Some(source) = metadata.chat_template()? else {
+            let problem = format!("{} has none: no tokenizer.chat_template is among its metadata", self.0.path.display());
+            return Err(Error::ChatTemplate(problem));
+        };
+        let keys = metadata.vocabulary()?;
+        let spelt = |id: Option<u32>| id.and_then(|id| keys.tokens.get(id as usize)).map_or("", String::as_str);
+        ChatTemplate::new(source, spelt(keys.bos), spelt(keys.eos))
     }
 
     /// The directory or file that was loaded.
