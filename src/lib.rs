@@ -36,6 +36,9 @@ mod collective;
 mod config;
 mod device;
 mod error;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
 mod kept;
 mod kernels;

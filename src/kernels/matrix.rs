@@ -187,7 +187,11 @@ impl Matrix {
     #[cfg(unix)]
     fn advise(&self, advise: impl FnOnce(&Mmap, usize, usize) -> std::io::Result<()>) {
         let Storage::Mapped(file) = &self.storage else { return };
-        let last = (self.rows.max(1) - 1) * self.stride + self.cols;
+        // No rows may have any number of columns, of which there is nothing to advise on.
+        if self.rows == 0 || self.cols == 0 {
+            return;
+        }
+        let last = (self.rows - 1) * self.stride + self.cols;
         let (start, end) = (self.dtype.bytes(self.offset), self.dtype.bytes(self.offset + last));
         let _ = advise(file, self.base + start, end - start);
     }

@@ -3,6 +3,8 @@
 mod by_tensor;
 mod files;
 mod fingerprint;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzed;
 mod generation;
 mod safetensors;
 
@@ -16,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
 use crate::tokenizer::Tokenizer;
 pub use generation::GenerationConfig;
+pub(crate) use safetensors::read_header;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";

@@ -40,6 +40,11 @@ impl SafetensorsFile {
         let file = open(&path)?;
         // SAFETY: the map is read only. Nobody may change the file under it, which `Parameters::load` asks of its caller.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        Self::mapped(path, map)
+    }
+
+    /// [`Self::open`] of what `path` is mapped to.
+    pub(super) fn mapped(path: PathBuf, map: Mmap) -> Result<Self> {
         match read_header(&map) {
             Ok((data, tensors)) => Ok(Self { path, map: Arc::new(map), data, tensors }),
             Err(problem) => Err(Error::Checkpoint { path, problem }),
@@ -64,6 +69,12 @@ impl SafetensorsFile {
     /// Every tensor's name, in alphabetical order.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Every tensor as the header has it.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -92,7 +103,7 @@ impl SafetensorsFile {
 }
 
 /// Where the data starts, and every tensor, its range known to lie in the file.
-fn read_header(file: &[u8]) -> Result<(usize, BTreeMap<String, TensorInfo>), String> {
+pub(crate) fn read_header(file: &[u8]) -> Result<(usize, BTreeMap<String, TensorInfo>), String> {
     let Some((len, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("it has {} bytes, and the length of its header alone takes 8", file.len()));
     };
