@@ -37,6 +37,9 @@ mod collective;
 mod config;
 mod device;
 mod error;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
 mod hub;
 mod kept;

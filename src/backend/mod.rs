@@ -22,6 +22,8 @@ use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
 pub(crate) mod cpu;
 mod packer;
+#[cfg(any(fuzzing, test))]
+pub(crate) use packer::fuzzed;
 mod steps;
 
 /// Positions in one block of attention, and in one f32 page.

@@ -1,6 +1,8 @@
 //! [`Packer`]: a place's matrices, quantised as they are loaded or laid out anew.
 
 mod cache;
+#[cfg(any(fuzzing, test))]
+pub(crate) use cache::fuzzed;
 
 use crate::backend::{Assignment, Cut, Packing};
 use crate::error::{Error, Result};

@@ -4,6 +4,8 @@ mod by_tensor;
 mod chat;
 mod files;
 mod fingerprint;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzed;
 mod generation;
 mod gguf;
 mod mapped;
@@ -24,6 +26,7 @@ pub(crate) use files::shards_of;
 pub use generation::GenerationConfig;
 use gguf::{GgufModel, Metadata};
 use mapped::MappedFile;
+pub(crate) use safetensors::read_header;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
