@@ -259,6 +259,7 @@ impl Assignment<'_> {
         let whole = (self.tensor)(&spec.name)?;
         let (rows, cols) = match spec.shape {
             WeightShape::Vector => (0..whole.rows(), 0..whole.cols()),
+            WeightShape::Bias { out } => (0..whole.rows(), self.partition.ranks[rank].range(out, self.config)),
             WeightShape::Matrix { out, input } => {
                 let rank = &self.partition.ranks[rank];
                 (rank.range(out, self.config), rank.range(input, self.config))
