@@ -243,6 +243,8 @@ pub(crate) mod tests {
             max_position_embeddings: 64,
             sliding_window: None,
             tie_word_embeddings: false,
+            qkv_bias: false,
+            qk_norm: false,
         }
     }
 

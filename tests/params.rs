@@ -133,6 +133,46 @@ fn a_sliding_window_is_mistrals_alone() {
 }
 
 #[test]
+fn the_window_of_qwen_is_one_for_all_layers_or_none() {
+    let window = |rows: Value| {
+        let config = config_with(|config| {
+            config["model_type"] = json!("qwen2");
+            config["sliding_window"] = json!(7);
+            config.extend(rows.as_object().unwrap().clone());
+        });
+        config.map(|config| config.sliding_window).map_err(|e| e.to_string())
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    assert_eq!(window(json!({})), Ok(None), "it is only used where the config says so");
+    assert_eq!(window(json!({"use_sliding_window": false, "max_window_layers": 0})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true})), Ok(None), "both layers are before the 28th");
+    assert_eq!(window(json!({"use_sliding_window": true, "max_window_layers": 0})), Ok(Some(7)));
+    assert_eq!(window(json!({"use_sliding_window": true, "max_window_layers": 0, "sliding_window": null})), Ok(Some(4096)));
+    assert_eq!(window(json!({"layer_types": [full, full]})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true, "layer_types": [sliding, sliding]})), Ok(Some(7)));
+    for (rows, words) in [
+        (json!({"use_sliding_window": true, "max_window_layers": 1}), "for 1 of 2 layers"),
+        (json!({"use_sliding_window": true, "layer_types": [full, sliding]}), "for 1 of 2 layers"),
+        (json!({"layer_types": [sliding, sliding]}), "use_sliding_window is absent; layer_types give a window to 2 of 2 layers"),
+        (json!({"layer_types": [full]}), "a list of 2 strings is needed"),
+        (json!({"layer_types": [full, "linear_attention"]}), "linear_attention"),
+        (json!({"use_sliding_window": true, "max_window_layers": -1}), "max_window_layers is -1"),
+    ] {
+        let error = window(rows.clone()).unwrap_err();
+        assert!(error.contains(words), "{rows}: {error}");
+    }
+}
+
+#[test]
+fn heads_of_qwen3_have_128_elements_unless_its_config_says_otherwise() {
+    let config = config_with(|config| {
+        config["model_type"] = json!("qwen3");
+        config.remove("head_dim");
+    });
+    assert_eq!(config.unwrap().head_dim, 128);
+}
+
+#[test]
 fn rope_parameters_go_before_the_older_key_and_may_leave_theta_to_it() {
     let theta = |rope: Value| {
         config_with(|config| {
@@ -180,6 +220,8 @@ fn checkpoints_of_many_shapes_load() {
         Spec { vocab: 37, hidden: 13, intermediate: 29, dtype: Dtype::BF16, shards: 3, ..plain() },
         Spec { layers: 1, tied: true, dtype: Dtype::F16, transformers5: true, sliding_window: Some(3), ..plain() },
         Spec { model_type: "llama", shards: 5, ..plain() },
+        Spec { model_type: "qwen2", shards: 2, ..plain() },
+        Spec { model_type: "qwen3", dtype: Dtype::BF16, ..plain() },
     ];
     for spec in specs {
         let params = Parameters::load(write(&spec).path()).unwrap_or_else(|e| panic!("{spec:?}: {e}"));

@@ -269,6 +269,7 @@ impl Assignment<'_> {
         let whole = (self.tensor)(&spec.name)?;
         let (rows, cols) = match spec.shape {
             WeightShape::Vector => (0..whole.rows(), 0..whole.cols()),
+            WeightShape::Bias { out } => (0..whole.rows(), self.partition.ranks[rank].range(out, self.config)),
             WeightShape::Matrix { out, input } => {
                 let rank = &self.partition.ranks[rank];
                 (rank.range(out, self.config), rank.range(input, self.config))
@@ -282,7 +283,7 @@ impl Assignment<'_> {
         let Cut { whole, rows, cols } = self.cut(weight, rank)?;
         let format = match self.plan.weights[weight.0].shape {
             WeightShape::Matrix { .. } => self.packing.and_then(|packing| packing.format_of(&whole)),
-            WeightShape::Vector => None,
+            WeightShape::Vector | WeightShape::Bias { .. } => None,
         };
         let stored = || rows.len() * whole.dtype().bytes(cols.len());
         Ok(format.map_or_else(stored, |format| Packed::bytes_for(format, rows.len(), cols.len(), cols.start)))

@@ -61,14 +61,15 @@ impl Checkpoint {
         let generation = GenerationConfig::load(dir, &Keys::parse(&json, &config_path)?)?;
 
         let files = files::open_all(dir)?;
-        let mut tensors = HashMap::new();
+        let (mut tensors, optional) = (HashMap::new(), config.optional_weights());
         // One by one: a config may claim any number of layers, and the first that is missing must end this.
         for (name, shape) in tensors_of(&config) {
             let file = files.iter().find(|file| file.has(&name));
             let file = file.ok_or_else(|| Error::tensor(&name, format!("is missing from the checkpoint in {}", dir.display())))?;
             let bias = name.replace(".weight", ".bias");
-            if files.iter().any(|file| file.has(&bias)) {
-                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases" });
+            let known = || optional.iter().any(|(name, _)| bias.ends_with(name));
+            if files.iter().any(|file| file.has(&bias)) && !known() {
+                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases, but for Qwen 2's" });
             }
             let matrix = file.matrix(&name, &shape)?;
             tensors.insert(name, matrix);
@@ -247,7 +248,7 @@ impl std::fmt::Debug for Parameters {
     }
 }
 
-/// Every tensor of a model with these sizes, with its shape, as transformers' `MistralForCausalLM` names them.
+/// Every tensor of a model with these sizes, with its shape, as transformers names them.
 fn tensors_of(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
     let (hidden, channels, q, kv) = (config.hidden_size, config.intermediate_size, config.q_dim(), config.kv_dim());
     let embedding = vec![config.vocab_size, hidden];
@@ -264,7 +265,9 @@ fn tensors_of(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
         ("mlp.up_proj", vec![channels, hidden]),
         ("mlp.down_proj", vec![hidden, channels]),
     ];
-    let layers =
-        (0..config.n_layers).flat_map(move |i| layer.clone().map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape)));
+    let mut layer: Vec<_> = layer.into_iter().map(|(name, shape)| (format!("{name}.weight"), shape)).collect();
+    layer.extend(config.optional_weights().into_iter().map(|(name, elements)| (name.to_owned(), vec![elements])));
+    let layers = (0..config.n_layers)
+        .flat_map(move |i| layer.clone().into_iter().map(move |(name, shape)| (format!("model.layers.{i}.{name}"), shape)));
     ends.into_iter().chain(head).map(|(name, shape)| (name.to_owned(), shape)).chain(layers)
 }

@@ -45,7 +45,7 @@ pub(super) fn hold(assignment: &Assignment<'_>) -> Result<Vec<Vec<Held>>> {
 
 fn hold_one(assignment: &Assignment<'_>, weight: Weight, rank: usize, packer: Option<&mut Packer<'_>>) -> Result<Held> {
     match (assignment.plan.weights[weight.0].shape, packer) {
-        (WeightShape::Vector, _) => {
+        (WeightShape::Vector | WeightShape::Bias { .. }, _) => {
             let slice = assignment.weight(weight, rank)?;
             let mut v = vec![0.0; slice.cols()];
             slice.row_to_f32(0, &mut v);

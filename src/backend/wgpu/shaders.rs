@@ -23,6 +23,7 @@ pub(super) enum Kernel {
     LinearTile(Format, Finish, Tile),
     LinearInt8(Format, Finish, Tile),
     Quantise,
+    Heads(KvType),
     Attend(KvType),
     AttendMerge,
     Add,
@@ -56,6 +57,7 @@ impl Kernel {
             Self::LinearTile(..) => include_str!("../../../shaders/linear_tile.wgsl"),
             Self::LinearInt8(..) => include_str!("../../../shaders/linear_int8.wgsl"),
             Self::Quantise => include_str!("../../../shaders/quantise.wgsl"),
+            Self::Heads(_) => include_str!("../../../shaders/heads.wgsl"),
             Self::Attend(_) => include_str!("../../../shaders/attend.wgsl"),
             Self::AttendMerge => include_str!("../../../shaders/attend_merge.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
@@ -77,13 +79,13 @@ impl Kernel {
 
     /// Whether it calls `group_sum` or `group_max`.
     pub(super) fn reduces(self) -> bool {
-        matches!(self, Self::RmsNorm | Self::Attend(_))
+        matches!(self, Self::RmsNorm | Self::Heads(_) | Self::Attend(_))
     }
 
     /// The type of the pages that it touches.
     fn kv(self) -> Option<KvType> {
         match self {
-            Self::Attend(kv) => Some(kv),
+            Self::Heads(kv) | Self::Attend(kv) => Some(kv),
             _ => match self.linear() {
                 Some((_, Finish::Qkv(kv))) => Some(kv),
                 _ => None,
@@ -99,6 +101,8 @@ impl Kernel {
                 Finish::Store | Finish::SwiGlu => &[Read, Read, Write],
                 Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             },
+            // As those of a linear layer whose end it takes over.
+            Self::Heads(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             Self::Attend(_) => &[Read, Write, Read, Read, Read, Read, Write],
             Self::Quantise | Self::AttendMerge | Self::Narrow(_) | Self::Widen(_) => &[Read, Write],
             Self::Add => &[Write, Read],
@@ -190,6 +194,9 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
             Finish::Qkv(_) => include_str!("../../../shaders/finish/qkv.wgsl"),
         });
     }
+    if matches!(kernel, Kernel::Heads(_)) {
+        parts.push(include_str!("../../../shaders/finish/qkv.wgsl"));
+    }
     if kernel.reduces() {
         parts.push(match tuning.reduce {
             Reduce::Workgroup => include_str!("../../../shaders/reduce/workgroup.wgsl"),
@@ -230,9 +237,13 @@ pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<
         Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
         // Attention has a lane for each position of a block.
         Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
-        Kernel::Quantise | Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows | Kernel::Narrow(_) | Kernel::Widen(_) => {
-            all.push(("WG", f64::from(ELEMENTS)))
-        }
+        Kernel::Heads(_)
+        | Kernel::Quantise
+        | Kernel::AttendMerge
+        | Kernel::Add
+        | Kernel::TakeRows
+        | Kernel::Narrow(_)
+        | Kernel::Widen(_) => all.push(("WG", f64::from(ELEMENTS))),
         Kernel::Linear(..) | Kernel::LinearTile(..) | Kernel::LinearInt8(..) => {}
     }
     if let Some(kv) = kernel.kv() {

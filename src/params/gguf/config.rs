@@ -66,6 +66,8 @@ pub(super) fn read(parts: &Parts) -> Result<Config> {
         max_position_embeddings: metadata.required_size(&key("context_length"))?,
         sliding_window: sliding_window(parts, &key("attention.sliding_window"))?,
         tie_word_embeddings: parts.find(HEAD).is_none(),
+        qkv_bias: false,
+        qk_norm: false,
     };
     config.check_bytes(path)?;
     Ok(config)

@@ -162,6 +162,8 @@ impl Model {
             max_position_embeddings: 4096,
             sliding_window: None,
             tie_word_embeddings: false,
+            qkv_bias: false,
+            qk_norm: false,
         };
         let whole = RankPartition { heads: 0..n_heads, kv_heads: 0..n_kv_heads, channels: 0..channels, vocab: 0..50 };
         let partition = StagePartition { layers: 0..1, ranks: vec![whole] };

@@ -29,6 +29,8 @@ fn tunings() -> [Tuning; 2] {
 fn kernels() -> Vec<Kernel> {
     let mut all = vec![
         Kernel::RmsNorm,
+        Kernel::Heads(KvType::F32),
+        Kernel::Heads(KvType::F16),
         Kernel::Attend(KvType::F32),
         Kernel::Attend(KvType::F16),
         Kernel::AttendMerge,
@@ -187,6 +189,7 @@ fn kernels_are_written_for_compilers() {
     let Linear { one, few, many, .. } = hardware.linear;
     let mut kernels = vec![
         Kernel::RmsNorm,
+        Kernel::Heads(KvType::F16),
         Kernel::Attend(KvType::F16),
         Kernel::Attend(KvType::F32),
         Kernel::AttendMerge,
