@@ -29,7 +29,7 @@ fn main(
     var at: array<u32, TILES>;
     // Where fewer tiles or rows are left, the last is computed again and not stored.
     for (var t = 0u; t < TILES; t++) {
-        at[t] = (min(first_tile + t, tiles - 1u) * shape.blocks + slice) * STRIDE;
+        at[t] = min(first_tile + t, tiles - 1u) * tile_stride() + slice * STRIDE;
     }
     var start: array<u32, ROWS>;
     for (var i = 0u; i < ROWS; i++) {
@@ -39,7 +39,7 @@ fn main(
     for (var b = slice; b < shape.blocks; b += SLICES) {
         var blocks: array<Block, TILES>;
         for (var t = 0u; t < TILES; t++) {
-            blocks[t] = block_at(at[t], out);
+            blocks[t] = block_at(at[t], out, min(first_tile + t, tiles - 1u), b);
             at[t] += STRIDE * SLICES;
         }
         var totals: array<f32, ROWS>;
@@ -51,7 +51,7 @@ fn main(
             }
             for (var i = 0u; i < ROWS; i++) {
                 let v = x[start[i] + j];
-                if (BIAS != 0.0) {
+                if (BIAS != 0.0 || ADDS) {
                     totals[i] += v.x + v.y + v.z + v.w;
                 }
                 for (var t = 0u; t < TILES; t++) {
@@ -63,6 +63,9 @@ fn main(
             start[i] += 8u * SLICES;
             for (var t = 0u; t < TILES; t++) {
                 sums[t][i] = fma(blocks[t].scale, inner[t][i] - BIAS * totals[i], sums[t][i]);
+                if (ADDS) {
+                    sums[t][i] = fma(added(blocks[t]), totals[i], sums[t][i]);
+                }
             }
         }
     }

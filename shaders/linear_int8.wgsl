@@ -38,7 +38,7 @@ fn main(
         for (var o = lane; o < depth * ACROSS; o += LANES) {
             let out = min(first_out + o % ACROSS, shape.out - 1u);
             let d = o / ACROSS;
-            let block = block_at((out / 16u * shape.blocks + b + d) * STRIDE, out % 16u);
+            let block = block_at(out / 16u * tile_stride() + (b + d) * STRIDE, out % 16u, out / 16u, b + d);
             tile_w[2u * d * ACROSS + o % ACROSS] = int8x16(block, 0u);
             tile_w[(2u * d + 1u) * ACROSS + o % ACROSS] = int8x16(block, 1u);
             scales_w[o] = block.scale;

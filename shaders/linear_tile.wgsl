@@ -29,9 +29,9 @@ fn main(
     for (var b = 0u; b < shape.blocks; b++) {
         for (var o = lane; o < ACROSS; o += LANES) {
             let out = min(first_out + o, shape.out - 1u);
-            let block = block_at((out / 16u * shape.blocks + b) * STRIDE, out % 16u);
+            let block = block_at(out / 16u * tile_stride() + b * STRIDE, out % 16u, out / 16u, b);
             for (var j = 0u; j < VECTORS; j++) {
-                tile_w[j * ACROSS + o] = (block4(block, j) - BIAS) * block.scale;
+                tile_w[j * ACROSS + o] = (block4(block, j) - BIAS) * block.scale + added(block);
             }
         }
         for (var o = lane; o < 8u * DOWN; o += LANES) {

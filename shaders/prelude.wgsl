@@ -19,8 +19,8 @@ struct Shape {
     lead: u32,          // zeros before the first element of a row of attention's y
     eps: f32,           // of RMSNorm
     scale: f32,         // 1 / sqrt(head_dim)
-    unused0: u32,
-    unused1: u32,
+    phase: u32,         // blocks of a whole weight in front of its first here that share scales with it
+    unused: u32,
 }
 
 @group(0) @binding(0) var<uniform> shape: Shape;

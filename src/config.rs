@@ -1,6 +1,8 @@
 //! [`Config`]: the model's numbers, read from `config.json` and checked. Those of GGUF files: `params/gguf/config.rs`.
 
 mod keys;
+mod rope;
+mod window;
 
 use std::path::Path;
 
@@ -8,6 +10,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 pub(crate) use keys::{Keys, open, read_at_most};
+pub use rope::RopeScaling;
 
 /// Most bytes of a `config.json`; those in use have about a thousand.
 pub(crate) const CONFIG_LIMIT: u64 = 1 << 20;
@@ -34,12 +37,27 @@ pub struct Config {
     pub rms_norm_eps: f32,
     /// Base of the rotary frequencies.
     pub rope_theta: f32,
+    /// How the rotary frequencies are scaled; `None` where they are not.
+    pub rope_scaling: Option<RopeScaling>,
     /// The longest sequence, in positions.
     pub max_position_embeddings: usize,
     /// A position sees this many positions, itself included; `None` for all.
     pub sliding_window: Option<usize>,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
+    /// The projections to queries, keys and values add a bias (Qwen 2).
+    pub qkv_bias: bool,
+    /// Every head of queries and keys is normed before it is rotated (Qwen 3).
+    pub qk_norm: bool,
+}
+
+/// Which of the decoders it is, as far as their configs and layers differ.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Mistral,
+    Llama,
+    Qwen2,
+    Qwen3,
 }
 
 impl Config {
@@ -48,7 +66,7 @@ impl Config {
         self.sliding_window.map_or(0, |w| (position + 1).saturating_sub(w))
     }
 
-    /// Reads and checks a `config.json` of model type `mistral` or `llama`, as any version of transformers writes it.
+    /// Reads and checks a `config.json` of model type `mistral`, `llama`, `qwen2` or `qwen3`, as any version of transformers writes it.
     ///
     /// What has no default here must be there; the defaults are those of transformers. Its `dtype` is not read:
     /// the checkpoint's files say how their tensors are stored.
@@ -64,10 +82,12 @@ impl Config {
     /// [`Self::load`] from the text of `path`.
     pub(crate) fn from_json(json: &[u8], path: &Path) -> Result<Self> {
         let keys = Keys::parse(json, path)?;
-        let windowed = match keys.text("model_type")?.ok_or_else(|| keys.wrong("model_type", "it has no default"))? {
-            "mistral" => true,
-            "llama" => false,
-            other => return Err(unsupported("model_type", other, "\"mistral\" and \"llama\"")),
+        let kind = match keys.text("model_type")?.ok_or_else(|| keys.wrong("model_type", "it has no default"))? {
+            "mistral" => Kind::Mistral,
+            "llama" => Kind::Llama,
+            "qwen2" => Kind::Qwen2,
+            "qwen3" => Kind::Qwen3,
+            other => return Err(unsupported("model_type", other, "\"mistral\", \"llama\", \"qwen2\" and \"qwen3\"")),
         };
         refuse_unsupported(&keys)?;
 
@@ -80,25 +100,38 @@ impl Config {
         }
         let head_dim = match keys.size("head_dim")? {
             Some(head_dim) => head_dim,
+            None if kind == Kind::Qwen3 => 128,
             None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
             None => return Err(keys.wrong("hidden_size", &format!("without head_dim, {n_heads} heads must divide it"))),
         };
         if !head_dim.is_multiple_of(2) {
             return Err(Error::config(path, format!("head_dim is {head_dim}; rotary positions need an even one")));
         }
+        let (rope_theta, rope_scaling) = rope::read(&keys)?;
+        if let Some(problem) = rope_scaling.as_ref().and_then(|scaling| scaling.problem(head_dim)) {
+            return Err(Error::config(path, format!("rotary scaling: {problem}")));
+        }
+        let n_layers = keys.required_size("num_hidden_layers")?;
         let config = Self {
             vocab_size: keys.required_size("vocab_size")?,
             hidden_size,
             intermediate_size: keys.required_size("intermediate_size")?,
-            n_layers: keys.required_size("num_hidden_layers")?,
+            n_layers,
             n_heads,
             n_kv_heads,
             head_dim,
             rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6),
-            rope_theta: rope_theta(&keys)?,
+            rope_theta,
+            rope_scaling,
             max_position_embeddings: keys.required_size("max_position_embeddings")?,
-            sliding_window: if windowed { sliding_window(&keys)? } else { None },
+            sliding_window: match kind {
+                Kind::Mistral => window::of_mistral(&keys)?,
+                Kind::Llama => None,
+                Kind::Qwen2 | Kind::Qwen3 => window::of_qwen(&keys, n_layers)?,
+            },
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
+            qkv_bias: kind == Kind::Qwen2,
+            qk_norm: kind == Kind::Qwen3,
         };
         config.check_bytes(path)?;
         Ok(config)
@@ -123,12 +156,21 @@ impl Config {
         self.n_kv_heads * self.head_dim
     }
 
+    /// The weights that a layer of this model has and others lack, by name: vectors of so many elements.
+    pub(crate) fn optional_weights(&self) -> Vec<(&'static str, usize)> {
+        let (q, kv, head) = (self.q_dim(), self.kv_dim(), self.head_dim);
+        let biases = [("self_attn.q_proj.bias", q), ("self_attn.k_proj.bias", kv), ("self_attn.v_proj.bias", kv)];
+        let norms = [("self_attn.q_norm.weight", head), ("self_attn.k_norm.weight", head)];
+        biases.into_iter().filter(|_| self.qkv_bias).chain(norms.into_iter().filter(|_| self.qk_norm)).collect()
+    }
+
     /// Weights of a decoder layer, of which every layer has as many.
     pub(crate) fn layer_elements(&self) -> u128 {
         // Sizes have 32 bits, so this stays below 2^99.
         let [hidden, channels, heads, kv_heads, head_dim] =
             [self.hidden_size, self.intermediate_size, self.n_heads, self.n_kv_heads, self.head_dim].map(|size| size as u128);
-        2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * channels + 2 * hidden
+        let optional: u128 = self.optional_weights().iter().map(|&(_, elements)| elements as u128).sum();
+        2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * channels + 2 * hidden + optional
     }
 
     /// Weights of the head and of the norm before it.
@@ -159,41 +201,9 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
             return Err(unsupported(bias, "true", "linear layers without biases"));
         }
     }
-    for (key, supported) in [("rope_scaling", "unscaled rotary positions"), ("quantization_config", "F32, F16 and BF16 weights")] {
-        if let Some(value) = keys.get(key) {
-            let is_default = |name| value.get(name).and_then(Value::as_str) == Some("default");
-            if key == "rope_scaling" && (is_default("rope_type") || is_default("type")) {
-                continue;
-            }
-            let named = ["rope_type", "type", "quant_method"].iter().find_map(|name| value.get(name)?.as_str());
-            return Err(unsupported(key, named.map_or_else(|| keys::shown(value), Into::into), supported));
-        }
+    if let Some(value) = keys.get("quantization_config") {
+        let named = value.get("quant_method").and_then(Value::as_str);
+        return Err(unsupported("quantization_config", named.map_or_else(|| keys::shown(value), Into::into), "F32, F16 and BF16 weights"));
     }
     Ok(())
-}
-
-/// Transformers 5 writes `rope_parameters`, which win; before, `rope_theta` stood alone, and may be left out.
-fn rope_theta(keys: &Keys) -> Result<f32> {
-    let Some(rope) = keys.object("rope_parameters", "rope_parameters.")? else {
-        return Ok(keys.positive("rope_theta")?.unwrap_or(10_000.0));
-    };
-    match rope.text("rope_type")? {
-        None | Some("default") => {}
-        Some(other) => return Err(unsupported("rope_parameters.rope_type", other, "\"default\"")),
-    }
-    if let Some(part) = rope.get("partial_rotary_factor").filter(|part| part.as_f64() != Some(1.0)) {
-        return Err(unsupported("rope_parameters.partial_rotary_factor", keys::shown(part), "heads that rotate whole"));
-    }
-    match rope.positive("rope_theta")? {
-        Some(theta) => Ok(theta),
-        None => keys.positive("rope_theta")?.ok_or_else(|| rope.wrong("rope_theta", "it has no default")),
-    }
-}
-
-/// Null means no window; for the absent key transformers' `MistralConfig` says 4096.
-fn sliding_window(keys: &Keys) -> Result<Option<usize>> {
-    if keys.get("sliding_window").and_then(Value::as_u64) == Some(0) {
-        return Err(keys.wrong("sliding_window", "null means that there is no window; a window has at least 1 position"));
-    }
-    if keys.has("sliding_window") { keys.size("sliding_window") } else { Ok(Some(4096)) }
 }

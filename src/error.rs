@@ -36,6 +36,10 @@ pub enum Error {
     #[error("tokenizer: {0}")]
     Tokenizer(String),
 
+    /// A chat template is missing, damaged, refuses the messages or takes too much.
+    #[error("chat template: {0}")]
+    ChatTemplate(String),
+
     /// A matrix was built from the wrong number of values.
     #[error("a matrix of {rows} x {cols} cannot be made of {found} values")]
     MatrixSize { rows: usize, cols: usize, found: usize },
@@ -120,6 +124,16 @@ pub enum Error {
     #[error("{device} (stage {stage}, ranks {ranks:?}) is out of memory: {wanted} bytes for {what} could not be had")]
     OutOfMemory { stage: usize, ranks: Vec<usize>, device: String, what: String, wanted: u64 },
 
+    /// A model of the hub that cannot be had: there is none, it is refused, or what comes is not what it should be.
+    #[error("the model {model} of the Hugging Face hub cannot be fetched: {problem}")]
+    Hub { model: String, problem: String },
+
+    /// The hub doesn't answer, or must not be asked, and the model isn't in the cache.
+    #[error(
+        "the model {model} of the Hugging Face hub is not in the cache, and {endpoint} cannot be reached: {problem}; the path of a local copy needs no network"
+    )]
+    HubUnreachable { model: String, endpoint: String, problem: String },
+
     /// The processes of a group disagree or cannot talk.
     #[error("the group of processes cannot go on: {0}")]
     Collective(String),
@@ -141,6 +155,10 @@ impl Error {
 
     pub(crate) fn config(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
         Self::Config { path: path.into(), problem: problem.into() }
+    }
+
+    pub(crate) fn hub(model: impl Into<String>, problem: impl Into<String>) -> Self {
+        Self::Hub { model: model.into(), problem: problem.into() }
     }
 
     pub(crate) fn tensor(name: impl Into<String>, problem: impl Into<String>) -> Self {

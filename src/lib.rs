@@ -32,11 +32,16 @@
 struct Readme;
 
 mod backend;
+mod chat;
 mod collective;
 mod config;
 mod device;
 mod error;
+#[cfg(any(fuzzing, test))]
+#[doc(hidden)]
+pub mod fuzzing;
 mod generate;
+mod hub;
 mod kept;
 mod kernels;
 mod model;
@@ -51,11 +56,13 @@ mod tokenizer;
 mod trace;
 
 pub use backend::{KvType, PlaceCounts};
+pub use chat::{ChatMessage, ChatTemplate};
 pub use collective::{Alone, Collective};
-pub use config::Config;
+pub use config::{Config, RopeScaling};
 pub use device::{Device, DeviceKind, DeviceLimits, KernelTime, devices};
 pub use error::{Error, Result};
 pub use generate::{DraftCounts, FinishReason, GenerateOptions, Generation, Model, Prompt, Token, generate};
+pub use hub::{FetchProgress, fetch_model, fetch_tokenizer, is_model_name};
 pub use kernels::matrix::{DType, Matrix};
 pub use kernels::parallel::{
     WorkDistributionConfig, WorkStealingStats, all_reduce_sum, all_reduce_sum_inplace, column_parallel_linear, matmul_vec_adaptive,

@@ -239,9 +239,12 @@ pub(crate) mod tests {
             head_dim: 4,
             rms_norm_eps: 1e-5,
             rope_theta: 1e4,
+            rope_scaling: None,
             max_position_embeddings: 64,
             sliding_window: None,
             tie_word_embeddings: false,
+            qkv_bias: false,
+            qk_norm: false,
         }
     }
 

@@ -49,8 +49,10 @@ pub(crate) struct WeightSpec {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum WeightShape {
-    /// `[hidden]`, whole on every rank.
+    /// A vector, whole on every rank.
     Vector,
+    /// A vector with an element for each output of a linear layer.
+    Bias { out: Dim },
     /// `[out, in]`.
     Matrix { out: Dim, input: Dim },
 }
@@ -62,6 +64,10 @@ pub(crate) enum Op {
     RmsNorm { x: Buf, y: Buf, weight: Weight },
     /// `y = x weight^T`. Row-parallel, y is the sum over the place's ranks, in rank order.
     Linear { x: Buf, y: Buf, weight: Weight, strategy: TensorParallelStrategy },
+    /// `x += bias`, in every row.
+    AddBias { x: Buf, bias: Weight },
+    /// [`Op::RmsNorm`] of every head of x by itself, in place.
+    HeadNorm { x: Buf, weight: Weight },
     /// Rotates element i of every head of x with element i + head_dim / 2, by the row's position.
     Rope { x: Buf },
     /// Stores the rows' keys and values in the pages of `layer` (counted within the stage).
@@ -125,6 +131,8 @@ pub(crate) struct Recorder {
     cut: bool,
     open: Segment,
     prefix: String,
+    /// See [`Recorder::having`].
+    optional: Vec<&'static str>,
 }
 
 pub(crate) use TensorParallelStrategy::{ColumnParallel, RowParallel};
@@ -132,7 +140,12 @@ pub(crate) use TensorParallelStrategy::{ColumnParallel, RowParallel};
 impl Recorder {
     /// `cut`: whether several places hold the stage.
     pub(crate) fn new(cut: bool) -> Self {
-        Self { plan: Plan::default(), cut, open: Segment::default(), prefix: String::new() }
+        Self { plan: Plan::default(), cut, open: Segment::default(), prefix: String::new(), optional: Vec::new() }
+    }
+
+    /// Names those weights that not every model has, and this one does. Ops that only they would need are recorded for no other.
+    pub(crate) fn having(self, optional: impl IntoIterator<Item = &'static str>) -> Self {
+        Self { optional: optional.into_iter().collect(), ..self }
     }
 
     /// The names of the weights that follow start with `prefix`.
@@ -149,8 +162,17 @@ impl Recorder {
     }
 
     fn weight(&mut self, name: &str, shape: WeightShape) -> Weight {
-        self.plan.weights.push(WeightSpec { name: format!("{}{name}.weight", self.prefix), shape });
+        self.weight_named(&format!("{name}.weight"), shape)
+    }
+
+    fn weight_named(&mut self, name: &str, shape: WeightShape) -> Weight {
+        self.plan.weights.push(WeightSpec { name: format!("{}{name}", self.prefix), shape });
         Weight(self.plan.weights.len() - 1)
+    }
+
+    /// A weight that not every model has.
+    fn optional(&mut self, name: &str, shape: WeightShape) -> Option<Weight> {
+        self.optional.contains(&name).then(|| self.weight_named(name, shape))
     }
 
     fn op(&mut self, op: Op) {
@@ -179,13 +201,24 @@ impl Recorder {
         y
     }
 
-    /// A linear layer to `out`. Buffers are named after their weight, so that all layers share them.
+    /// A linear layer to `out`, and its bias if it has one. Buffers are named after their weight, so that all layers share them.
     pub(crate) fn linear(&mut self, x: Buf, weight: &'static str, out: Dim, strategy: TensorParallelStrategy) -> Buf {
         let BufSpec { dim: input, rows, .. } = self.plan.bufs[x.0];
         let y = self.buf(weight, out, rows);
+        let bias = self.optional(&format!("{weight}.bias"), WeightShape::Bias { out });
         let weight = self.weight(weight, WeightShape::Matrix { out, input });
         self.op(Op::Linear { x, y, weight, strategy });
+        if let Some(bias) = bias {
+            self.op(Op::AddBias { x: y, bias });
+        }
         y
+    }
+
+    /// Norms every head of x, if the model does.
+    pub(crate) fn head_norm(&mut self, x: Buf, weight: &str) {
+        if let Some(weight) = self.optional(&format!("{weight}.weight"), WeightShape::Vector) {
+            self.op(Op::HeadNorm { x, weight });
+        }
     }
 
     pub(crate) fn rope(&mut self, x: Buf) {

@@ -1,22 +1,32 @@
 //! [`Tokenizer`]: text to token ids and back, and [`Decoder`], the way back one token at a time.
 
+mod byte_level;
+mod model_file;
+mod pieces;
+#[cfg(test)]
+mod tests;
+mod vocabulary;
+
 use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokenizers::DecoderWrapper;
 
 use crate::error::{Error, Result};
+pub(crate) use vocabulary::Vocabulary;
 
 /// The longest `tokenizer.json` that is read. The largest in use have about 35 MB.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
-/// A checkpoint's `tokenizer.json`. Cheap to clone.
+/// A checkpoint's tokenizer. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Tokenizer {
     inner: Arc<tokenizers::Tokenizer>,
+    /// The same, but special tokens in a text are plain text; made when it is first needed.
+    plain: Arc<OnceLock<tokenizers::Tokenizer>>,
     streaming: Streaming,
 }
 
@@ -31,18 +41,41 @@ enum Streaming {
 }
 
 impl Tokenizer {
+    /// Reads the tokenizer of a Hugging Face directory: `tokenizer.json`, or `tokenizer.model` (SentencePiece's BPE) where only that
+    /// is there.
+    ///
+    /// A tokenizer of `tokenizer.model` is what `transformers` makes of it, with the `tokenizer_config.json` and `added_tokens.json`
+    /// beside it: bos goes in front of a text, and special tokens that are spelt out in a text are taken as such.
+    ///
+    /// # Errors
+    /// Those of [`Self::from_file`]; [`Error::Tokenizer`] if `tokenizer.model` is damaged, contradicts itself or is larger than 16 MiB;
+    /// [`Error::Unsupported`] if it is no BPE model, or normalizes texts.
+    pub fn from_dir(dir: impl AsRef<Path>) -> Result<Self> {
+        let (json, model) = (dir.as_ref().join("tokenizer.json"), dir.as_ref().join("tokenizer.model"));
+        if json.exists() || !model.exists() {
+            return Self::from_file(json);
+        }
+        model_file::read(dir.as_ref()).and_then(Self::from_vocabulary).map_err(|error| error_of(&model, error))
+    }
+
+    /// The tokenizer that a vocabulary means.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] if its parts contradict each other or are larger than any in use; [`Error::Unsupported`] if its kind or
+    /// its pre-tokenizer is not known.
+    pub(crate) fn from_vocabulary(vocabulary: Vocabulary) -> Result<Self> {
+        Self::of(vocabulary.build()?)
+    }
+
     /// Reads a Hugging Face `tokenizer.json`. Truncation and padding that it may ask for are left out.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`] if the file can't be read, is larger than 256 MiB, or is no sound tokenizer; [`Error::Unsupported`] if its
+    /// [`Error::Tokenizer`] if the file can't be read, is larger than 64 MiB, or is no sound tokenizer; [`Error::Unsupported`] if its
     /// decoder is neither byte-level nor built of replace, byte fallback, fuse, metaspace and strip.
     pub fn from_file(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = read_bounded(path).map_err(|problem| Error::Tokenizer(format!("cannot read {}: {problem}", path.display())))?;
-        Self::from_bytes(&bytes).map_err(|error| match error {
-            Error::Tokenizer(problem) => Error::Tokenizer(format!("{}: {problem}", path.display())),
-            other => other,
-        })
+        let bytes = read_bounded(path, MAX_FILE_BYTES)?;
+        Self::from_bytes(&bytes).map_err(|error| error_of(path, error))
     }
 
     /// Like [`Self::from_file`], of the file's content.
@@ -53,8 +86,12 @@ impl Tokenizer {
         let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(bytes))?;
         guarded(|| inner.with_truncation(None).map(|_| ()))?;
         inner.with_padding(None);
+        Self::of(inner)
+    }
+
+    fn of(inner: tokenizers::Tokenizer) -> Result<Self> {
         let streaming = Streaming::of(&inner)?;
-        Ok(Self { inner: Arc::new(inner), streaming })
+        Ok(Self { inner: Arc::new(inner), plain: Arc::default(), streaming })
     }
 
     /// The ids of `text`, with the model's own special tokens in front. Special tokens spelt out in the text are taken as such
@@ -72,6 +109,19 @@ impl Tokenizer {
     /// As [`Self::encode`].
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
         guarded(|| self.inner.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec()))
+    }
+
+    /// [`Self::encode_continuation`] of a text that nobody vouches for: special tokens spelt out in it, such as `</s>`, are plain text.
+    ///
+    /// # Errors
+    /// As [`Self::encode`].
+    pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>> {
+        let plain = self.plain.get_or_init(|| {
+            let mut plain = (*self.inner).clone();
+            plain.set_encode_special_tokens(true);
+            plain
+        });
+        guarded(|| plain.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec()))
     }
 
     /// The text of `ids`, without special tokens. Ids that the tokenizer doesn't have add nothing; bytes that aren't UTF-8 become
@@ -245,18 +295,31 @@ fn take_characters(bytes: &mut Vec<u8>) -> String {
     text
 }
 
-fn read_bounded(path: &Path) -> Result<Vec<u8>, String> {
-    // Opening a pipe would wait for its writer.
-    if !std::fs::metadata(path).map_err(|e| e.to_string())?.is_file() {
-        return Err("it is not a file".into());
+/// Says which file an error is about, where it doesn't yet.
+fn error_of(path: &Path, error: Error) -> Error {
+    match error {
+        Error::Tokenizer(problem) if !problem.contains(&*path.to_string_lossy()) => {
+            Error::Tokenizer(format!("{}: {problem}", path.display()))
+        }
+        other => other,
     }
-    let file = File::open(path).map_err(|e| e.to_string())?;
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
-    if bytes.len() as u64 > MAX_FILE_BYTES {
-        return Err(format!("it is larger than {MAX_FILE_BYTES} bytes"));
-    }
-    Ok(bytes)
+}
+
+fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let read = || {
+        // Opening a pipe would wait for its writer.
+        if !std::fs::metadata(path).map_err(|e| e.to_string())?.is_file() {
+            return Err("it is not a file".into());
+        }
+        let file = File::open(path).map_err(|e| e.to_string())?;
+        let mut bytes = Vec::new();
+        file.take(limit + 1).read_to_end(&mut bytes).map_err(|e| e.to_string())?;
+        if bytes.len() as u64 > limit {
+            return Err(format!("it is larger than {limit} bytes"));
+        }
+        Ok(bytes)
+    };
+    read().map_err(|problem: String| Error::Tokenizer(format!("cannot read {}: {problem}", path.display())))
 }
 
 /// Runs a call into the `tokenizers` crate, which panics on some contradictory files, and gives its error our type.

@@ -135,16 +135,50 @@ fn values_of_the_config_that_make_no_sense_are_refused_by_key() {
         ("hidden_act", json!(1), vec!["hidden_act is 1", "string"]),
         ("attention_bias", json!(true), vec!["attention_bias", "without biases"]),
         ("mlp_bias", json!(true), vec!["mlp_bias", "without biases"]),
-        ("model_type", json!("mixtral"), vec!["model_type", "mixtral", "mistral", "llama"]),
+        ("model_type", json!("mixtral"), vec!["model_type", "mixtral", "mistral", "llama", "qwen2", "qwen3"]),
+        ("model_type", json!("gemma3_text"), vec!["model_type", "gemma3_text"]),
+        ("model_type", json!("phi3"), vec!["model_type", "phi3"]),
+        ("model_type", json!("qwen3_moe"), vec!["model_type", "qwen3_moe"]),
+        ("model_type", json!("qwen2"), vec!["model.layers.0.self_attn.q_proj.bias", "missing"]),
+        ("model_type", json!("qwen3"), vec!["model.layers.0.self_attn.q_norm.weight", "missing"]),
         ("model_type", json!(null), vec!["model_type"]),
-        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), vec!["rope_scaling", "llama3"]),
-        ("rope_scaling", json!({"type": "linear", "factor": 2.0}), vec!["rope_scaling", "linear"]),
+        ("rope_scaling", json!({"rope_type": "llama3", "factor": 8.0}), vec!["rope_scaling.low_freq_factor is absent"]),
+        ("rope_scaling", json!({"type": "linear"}), vec!["rope_scaling.factor is absent"]),
+        ("rope_scaling", json!({"type": "linear", "factor": "2"}), vec!["rope_scaling.factor is \"2\"", "finite positive number"]),
+        ("rope_scaling", json!({"factor": 2.0}), vec!["rope_scaling.rope_type is absent"]),
+        ("rope_scaling", json!("linear"), vec!["rope_scaling is \"linear\"", "object"]),
+        ("rope_scaling", json!({"rope_type": 3}), vec!["rope_scaling.rope_type is 3", "string"]),
+        ("rope_scaling", json!({"rope_type": "dynamic", "factor": 2.0}), vec!["rope_scaling.rope_type", "dynamic", "llama3"]),
+        ("rope_scaling", json!({"rope_type": "longrope", "short_factor": [1.0]}), vec!["rope_scaling.rope_type", "longrope"]),
+        ("partial_rotary_factor", json!(0.25), vec!["partial_rotary_factor", "0.25"]),
         ("rope_parameters", json!({"rope_type": "yarn", "rope_theta": 1e4}), vec!["rope_parameters.rope_type", "yarn"]),
         ("rope_parameters", json!({"rope_type": "default", "rope_theta": 0}), vec!["rope_parameters.rope_theta is 0"]),
         ("rope_parameters", json!({"rope_theta": 1e4, "partial_rotary_factor": 0.5}), vec!["partial_rotary_factor", "0.5"]),
         ("rope_parameters", json!([1e4]), vec!["rope_parameters", "object"]),
         ("quantization_config", json!({"quant_method": "gptq", "bits": 4}), vec!["quantization_config", "gptq"]),
     ]);
+    let llama3 = json!({
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+    });
+    for key in ["factor", "low_freq_factor", "high_freq_factor"] {
+        for wrong in [json!(0), json!(-8.0), json!(1e60), json!("8")] {
+            let mut scaling = llama3.clone();
+            scaling[key] = wrong;
+            rows.push(("rope_scaling", scaling, vec![key, "finite positive number"]));
+        }
+    }
+    for (key, wrong, word) in [
+        ("low_freq_factor", json!(4.0), "low_freq_factor is 4; it must be less than high_freq_factor, which is 4"),
+        ("high_freq_factor", json!(0.5), "low_freq_factor is 1; it must be less than high_freq_factor, which is 0.5"),
+        ("original_max_position_embeddings", json!(0), size),
+        ("original_max_position_embeddings", json!(1.5), size),
+    ] {
+        let mut scaling = llama3.clone();
+        scaling[key] = wrong;
+        rows.push(("rope_scaling", scaling.clone(), vec![word]));
+        scaling["rope_theta"] = json!(1e4);
+        rows.push(("rope_parameters", scaling, vec![word]));
+    }
     report(rows.into_iter().map(|(key, value, words)| {
         let damage = |dir: &Path| edit_json(dir, "config.json", |config| _ = config.insert(key.into(), value.clone()));
         complaint(&format!("{key} = {value}"), &Spec::default(), &damage, &words)
@@ -374,6 +408,55 @@ fn damaged_safetensors_files_are_refused() {
             ),
             ("a bias of the head", &|dir| add_tensor(dir, MODEL, "lm_head.bias", 40), &["lm_head.bias", "without biases"]),
         ],
+    );
+}
+
+#[test]
+fn of_qwen_only_the_biases_that_it_has_are_computed_and_each_must_be_there() {
+    let last = "model.layers.1.self_attn";
+    check(
+        &Spec { model_type: "qwen2", ..Spec::default() },
+        &[
+            (
+                "a bias of the output",
+                &|dir| add_tensor(dir, MODEL, "model.layers.1.self_attn.o_proj.bias", 16),
+                &[last, "o_proj.bias", "without biases"],
+            ),
+            (
+                "a bias of the MLP",
+                &|dir| add_tensor(dir, MODEL, "model.layers.0.mlp.up_proj.bias", 24),
+                &["mlp.up_proj.bias", "without biases"],
+            ),
+            (
+                "a bias by another name",
+                &|dir| {
+                    edit_header_text(dir, |text| {
+                        text.replace("model.layers.1.self_attn.v_proj.bias", "model.layers.1.self_attn.v_proj.ofst")
+                    })
+                },
+                &[last, "v_proj.bias", "missing"],
+            ),
+            (
+                "a bias of another length",
+                &|dir| edit_json(dir, "config.json", |config| _ = config.insert("num_key_value_heads".into(), json!(1))),
+                &["k_proj"],
+            ),
+        ],
+    );
+    let heads = Spec { model_type: "qwen3", ..Spec::default() };
+    check(
+        &heads,
+        &[(
+            "a norm of another length",
+            &|dir| {
+                edit_header(dir, |header| {
+                    for name in ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] {
+                        header[&format!("model.layers.0.{name}")]["shape"] = json!([2, 2]);
+                    }
+                });
+            },
+            &["model.layers.0.self_attn.q_norm.weight", "[2, 2]", "[4]"],
+        )],
     );
 }
 

@@ -49,6 +49,24 @@ fn every_cpu_grid_gives_the_logits_and_greedy_texts_of_every_fixture() {
 }
 
 #[test]
+fn what_scales_the_rotary_frequencies_shows_in_the_fixtures() {
+    for name in ["rope-llama3", "rope-linear"] {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::copy(fixture::path(name).join("model.safetensors"), dir.path().join("model.safetensors")).unwrap();
+        let config = std::fs::read(fixture::path(name).join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+        config.as_object_mut().unwrap().remove("rope_scaling").unwrap();
+        std::fs::write(dir.path().join("config.json"), config.to_string()).unwrap();
+        let unscaled = TensorParallelMistral::load(Parameters::load(dir.path()).unwrap(), TensorParallelConfig::default()).unwrap();
+        let case = &fixture::cases(name)[0];
+        let logits = unscaled.prefill_logits(&mut InferenceState::new(unscaled.config()), &case.ids).unwrap();
+        let gap = fixture::gap(&logits, &case.logits);
+        eprintln!("{name} without its scaling: logits differ by {gap}");
+        assert!(gap > 5.0, "{name}: {gap}");
+    }
+}
+
+#[test]
 fn as_many_ranks_as_query_heads_work_and_one_more_is_refused() {
     for (name, heads) in [("uneven", 9), ("tied", 8), ("sliding", 4)] {
         let params = fixture::load(name);

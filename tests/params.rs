@@ -9,7 +9,7 @@ use common::{Spec, write_checkpoint};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
-use torchless::{Config, DType, Error, Matrix, Parameters};
+use torchless::{Config, DType, Error, Matrix, Parameters, RopeScaling};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
@@ -43,7 +43,7 @@ fn config_with(change: impl FnOnce(&mut serde_json::Map<String, Value>)) -> Resu
 
 #[test]
 fn every_fixture_loads_and_its_embedding_holds_the_expected_values() {
-    for name in ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied"] {
+    for name in common::fixture::ALL {
         let params = Parameters::load(fixture(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
         let expected = fs::read(fixture(name).join("expected.safetensors")).unwrap();
         let expected = SafeTensors::deserialize(&expected).unwrap();
@@ -87,6 +87,13 @@ fn both_forms_of_a_config_say_the_same() {
     let old = Config::load(dir.join("config.json")).unwrap();
     assert_eq!(old, Config::load(dir.join("config.transformers5.json")).unwrap());
     assert_eq!((old.head_dim, old.rope_theta, old.n_heads, old.n_kv_heads), (16, 1e6, 8, 4));
+    let llama3 = RopeScaling::Llama3 { factor: 4.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_max_position_embeddings: 32 };
+    for (name, scaling) in [("rope-llama3", llama3), ("rope-linear", RopeScaling::Linear { factor: 4.0 })] {
+        for file in ["config.json", "config.transformers5.json"] {
+            let config = Config::load(fixture(name).join(file)).unwrap();
+            assert_eq!((config.rope_scaling.as_ref(), config.rope_theta), (Some(&scaling), 10_000.0), "{name}/{file}");
+        }
+    }
 }
 
 #[test]
@@ -126,6 +133,46 @@ fn a_sliding_window_is_mistrals_alone() {
 }
 
 #[test]
+fn the_window_of_qwen_is_one_for_all_layers_or_none() {
+    let window = |rows: Value| {
+        let config = config_with(|config| {
+            config["model_type"] = json!("qwen2");
+            config["sliding_window"] = json!(7);
+            config.extend(rows.as_object().unwrap().clone());
+        });
+        config.map(|config| config.sliding_window).map_err(|e| e.to_string())
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
+    assert_eq!(window(json!({})), Ok(None), "it is only used where the config says so");
+    assert_eq!(window(json!({"use_sliding_window": false, "max_window_layers": 0})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true})), Ok(None), "both layers are before the 28th");
+    assert_eq!(window(json!({"use_sliding_window": true, "max_window_layers": 0})), Ok(Some(7)));
+    assert_eq!(window(json!({"use_sliding_window": true, "max_window_layers": 0, "sliding_window": null})), Ok(Some(4096)));
+    assert_eq!(window(json!({"layer_types": [full, full]})), Ok(None));
+    assert_eq!(window(json!({"use_sliding_window": true, "layer_types": [sliding, sliding]})), Ok(Some(7)));
+    for (rows, words) in [
+        (json!({"use_sliding_window": true, "max_window_layers": 1}), "for 1 of 2 layers"),
+        (json!({"use_sliding_window": true, "layer_types": [full, sliding]}), "for 1 of 2 layers"),
+        (json!({"layer_types": [sliding, sliding]}), "use_sliding_window is absent; layer_types give a window to 2 of 2 layers"),
+        (json!({"layer_types": [full]}), "a list of 2 strings is needed"),
+        (json!({"layer_types": [full, "linear_attention"]}), "linear_attention"),
+        (json!({"use_sliding_window": true, "max_window_layers": -1}), "max_window_layers is -1"),
+    ] {
+        let error = window(rows.clone()).unwrap_err();
+        assert!(error.contains(words), "{rows}: {error}");
+    }
+}
+
+#[test]
+fn heads_of_qwen3_have_128_elements_unless_its_config_says_otherwise() {
+    let config = config_with(|config| {
+        config["model_type"] = json!("qwen3");
+        config.remove("head_dim");
+    });
+    assert_eq!(config.unwrap().head_dim, 128);
+}
+
+#[test]
 fn rope_parameters_go_before_the_older_key_and_may_leave_theta_to_it() {
     let theta = |rope: Value| {
         config_with(|config| {
@@ -144,6 +191,25 @@ fn rope_parameters_go_before_the_older_key_and_may_leave_theta_to_it() {
 }
 
 #[test]
+fn rope_scaling_has_one_meaning_under_its_older_and_its_newer_names() {
+    let scaling = |rows: &[(&str, Value)]| {
+        let config = config_with(|config| config.extend(rows.iter().map(|(key, value)| ((*key).to_owned(), value.clone()))));
+        config.map(|config| config.rope_scaling)
+    };
+    let linear = Some(RopeScaling::Linear { factor: 2.5 });
+    let (older, oldest) = (json!({"rope_type": "linear", "factor": 2.5}), json!({"type": "linear", "factor": 2.5}));
+    let newer = json!({"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4});
+    assert_eq!(scaling(&[("rope_scaling", older.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_scaling", oldest.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_parameters", newer.clone())]).unwrap(), linear);
+    assert_eq!(scaling(&[("rope_parameters", newer), ("rope_scaling", oldest)]).unwrap(), linear);
+    let default = json!({"rope_type": "default", "rope_theta": 1e4});
+    assert_eq!(scaling(&[("rope_parameters", default.clone())]).unwrap(), None);
+    let both = scaling(&[("rope_parameters", default), ("rope_scaling", older)]).unwrap_err().to_string();
+    assert!(both.contains("rope_scaling") && both.contains("rope_parameters say something else"), "{both}");
+}
+
+#[test]
 fn checkpoints_of_many_shapes_load() {
     let plain = Spec::default;
     let specs = [
@@ -154,6 +220,8 @@ fn checkpoints_of_many_shapes_load() {
         Spec { vocab: 37, hidden: 13, intermediate: 29, dtype: Dtype::BF16, shards: 3, ..plain() },
         Spec { layers: 1, tied: true, dtype: Dtype::F16, transformers5: true, sliding_window: Some(3), ..plain() },
         Spec { model_type: "llama", shards: 5, ..plain() },
+        Spec { model_type: "qwen2", shards: 2, ..plain() },
+        Spec { model_type: "qwen3", dtype: Dtype::BF16, ..plain() },
     ];
     for spec in specs {
         let params = Parameters::load(write(&spec).path()).unwrap_or_else(|e| panic!("{spec:?}: {e}"));

@@ -33,7 +33,14 @@ fn shapes() -> Vec<(&'static str, Spec)> {
         ("window of a page", Spec { sliding_window: Some(64), ..plain.clone() }),
         ("odd heads in f16", Spec { dtype: Dtype::F16, ..shape(33, 49, 9, 3, 2, 71) }),
         ("odd heads in bf16, tied, sharded", Spec { dtype: Dtype::BF16, tied: true, shards: 3, ..shape(35, 51, 5, 1, 10, 73) }),
-        ("llama", Spec { model_type: "llama", ..plain }),
+        ("llama", Spec { model_type: "llama", ..plain.clone() }),
+        ("biases", Spec { model_type: "qwen2", ..shape(33, 49, 9, 3, 2, 71) }),
+        (
+            "biases in f16, tied, one head of keys",
+            Spec { model_type: "qwen2", dtype: Dtype::F16, tied: true, ..shape(40, 56, 10, 1, 4, 67) },
+        ),
+        ("heads that are normed", Spec { model_type: "qwen3", ..shape(45, 77, 15, 5, 6, 131) }),
+        ("wide heads that are normed", Spec { model_type: "qwen3", dtype: Dtype::BF16, ..shape(24, 40, 3, 1, 96, 50) }),
     ]
 }
 

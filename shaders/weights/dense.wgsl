@@ -9,6 +9,6 @@ struct Block {
 fn prepare(lane: u32, lanes: u32) {
 }
 
-fn block_at(at: u32, row: u32) -> Block {
+fn block_at(at: u32, row: u32, tile: u32, b: u32) -> Block {
     return Block(at + row, 1.0);
 }

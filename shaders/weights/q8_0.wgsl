@@ -11,7 +11,7 @@ struct Block {
 fn prepare(lane: u32, lanes: u32) {
 }
 
-fn block_at(at: u32, row: u32) -> Block {
+fn block_at(at: u32, row: u32, tile: u32, b: u32) -> Block {
     return Block(weights[at + row], weights[at + 16u + row], scale_at(at + 32u, row));
 }
 

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use crate::backend::steps::{Step, lower};
+use crate::backend::steps::{Projection, Step, lower};
 use crate::backend::{Assignment, BLOCK, Batch, Flow, Lane, PageId, Place, PlaceCounts, Row};
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::kernels::attend::{Cache, KvShape, QUERIES, Tile, attend, store_kv};
 use crate::kernels::memory::Words;
 use crate::kernels::parallel::{WorkDistributionConfig, WorkStealingStats};
 use crate::kernels::pool::{Pool, Scatter, for_each};
-use crate::kernels::{add, rms_norm, rope, swiglu};
+use crate::kernels::{add, head_norm, rms_norm, rope, swiglu};
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{Buf, BufSpec, Op, Plan, SegmentId, Weight};
 use sweep::Sweep;
@@ -159,8 +159,13 @@ impl CpuPlace {
                 (self.bufs[x.0], self.bufs[y.0]) = (stream, out);
             }
             Step::Linear { x, ref to, sum } => self.linear(x, to, sum, batch),
-            Step::Qkv { x, weights: [wq, wk, wv], q, k, v, layer } => {
-                self.linear(x, &[(wq, q), (wk, k), (wv, v)], false, batch);
+            Step::Qkv { x, parts, layer } => {
+                self.linear(x, &parts.map(|part| (part.weight, part.y)), false, batch);
+                for Projection { bias, norm, y, .. } in parts {
+                    bias.into_iter().for_each(|bias| self.add_bias(y, bias, batch));
+                    norm.into_iter().for_each(|norm| self.head_norm(y, norm, batch));
+                }
+                let [q, k, v] = parts.map(|part| part.y);
                 self.rope(q, batch);
                 self.rope(k, batch);
                 self.store_kv(layer, k, v, batch);
@@ -173,6 +178,8 @@ impl CpuPlace {
     fn run_op(&mut self, op: Op, batch: &Batch) {
         match op {
             Op::RmsNorm { .. } | Op::Linear { .. } => unreachable!("they are steps of their own"),
+            Op::AddBias { x, bias } => self.add_bias(x, bias, batch),
+            Op::HeadNorm { x, weight } => self.head_norm(x, weight, batch),
             Op::Rope { x } => self.rope(x, batch),
             Op::StoreKv { layer, k, v } => self.store_kv(layer, k, v, batch),
             Op::Attend { layer, q, y } => {
@@ -201,6 +208,21 @@ impl CpuPlace {
                 }
                 self.bufs[y.0] = out;
             }
+        }
+    }
+
+    fn add_bias(&mut self, x: Buf, bias: Weight, batch: &Batch) {
+        let n = self.plan.bufs[x.0].rows.of(batch);
+        for (Activation { width, data }, bias) in self.bufs[x.0].iter_mut().zip(&self.weights[bias.0]) {
+            spread(n, *width, data, |_, row| add(row, bias.vector()));
+        }
+    }
+
+    fn head_norm(&mut self, x: Buf, weight: Weight, batch: &Batch) {
+        let (n, head_dim, eps) = (self.plan.bufs[x.0].rows.of(batch), self.config.head_dim, self.config.rms_norm_eps);
+        for (Activation { width, data }, weight) in self.bufs[x.0].iter_mut().zip(&self.weights[weight.0]) {
+            let norm = |head: &mut [f32]| head_norm(head, weight.vector(), eps);
+            spread(n, 4 * *width, data, |_, row| row.chunks_exact_mut(head_dim).for_each(norm));
         }
     }
 

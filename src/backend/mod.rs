@@ -22,6 +22,8 @@ use crate::plan::{Plan, Rows, SegmentId, Weight, WeightShape};
 
 pub(crate) mod cpu;
 mod packer;
+#[cfg(any(fuzzing, test))]
+pub(crate) use packer::fuzzed;
 mod steps;
 
 /// Positions in one block of attention, and in one f32 page.
@@ -225,18 +227,26 @@ pub(crate) struct Assignment<'a> {
     pub partition: &'a StagePartition,
     /// A whole tensor of the checkpoint by name, mapped and already checked; a vector is a matrix of one row.
     pub tensor: &'a (dyn Fn(&str) -> Result<Matrix> + Sync),
-    /// How its matrices are quantised as they are loaded; `None` leaves them as they are stored.
+    /// How its matrices are packed as they are loaded; `None` leaves all as they are stored.
     pub packing: Option<Packing<'a>>,
 }
 
-/// How a place quantises its matrices as it loads them.
+/// How a place packs its matrices as it loads them: those that are stored quantised keep their format.
 #[derive(Clone, Copy)]
 pub(crate) struct Packing<'a> {
-    pub format: QuantFormat,
+    /// What the others are quantised to; `None` leaves them as they are.
+    pub format: Option<QuantFormat>,
     /// The directory in which what was packed is kept for the next load, and what tells this checkpoint from others.
     pub cache: Option<(&'a Path, &'a str)>,
     /// Told of every so many bytes of the checkpoint that are done.
     pub progress: &'a (dyn Fn(usize) + Sync),
+}
+
+impl Packing<'_> {
+    /// What a matrix is packed as.
+    pub(crate) fn format_of(&self, whole: &Matrix) -> Option<QuantFormat> {
+        whole.dtype().quantised().or(self.format)
+    }
 }
 
 /// A rank's slice of a matrix, and the whole.
@@ -259,6 +269,7 @@ impl Assignment<'_> {
         let whole = (self.tensor)(&spec.name)?;
         let (rows, cols) = match spec.shape {
             WeightShape::Vector => (0..whole.rows(), 0..whole.cols()),
+            WeightShape::Bias { out } => (0..whole.rows(), self.partition.ranks[rank].range(out, self.config)),
             WeightShape::Matrix { out, input } => {
                 let rank = &self.partition.ranks[rank];
                 (rank.range(out, self.config), rank.range(input, self.config))
@@ -270,10 +281,12 @@ impl Assignment<'_> {
     /// Bytes that rank `rank` will hold of a weight.
     pub(crate) fn bytes(&self, weight: Weight, rank: usize) -> Result<usize> {
         let Cut { whole, rows, cols } = self.cut(weight, rank)?;
-        Ok(match (self.plan.weights[weight.0].shape, &self.packing) {
-            (WeightShape::Matrix { .. }, Some(packing)) => Packed::bytes_for(packing.format, rows.len(), cols.len(), cols.start),
-            _ => whole.dtype().bytes(rows.len() * cols.len()),
-        })
+        let format = match self.plan.weights[weight.0].shape {
+            WeightShape::Matrix { .. } => self.packing.and_then(|packing| packing.format_of(&whole)),
+            WeightShape::Vector | WeightShape::Bias { .. } => None,
+        };
+        let stored = || rows.len() * whole.dtype().bytes(cols.len());
+        Ok(format.map_or_else(stored, |format| Packed::bytes_for(format, rows.len(), cols.len(), cols.start)))
     }
 }
 

@@ -1,10 +1,12 @@
-//! [`Packer`]: a place's matrices, quantised as they are loaded.
+//! [`Packer`]: a place's matrices, quantised as they are loaded or laid out anew.
 
 mod cache;
+#[cfg(any(fuzzing, test))]
+pub(crate) use cache::fuzzed;
 
 use crate::backend::{Assignment, Cut, Packing};
 use crate::error::{Error, Result};
-use crate::kernels::quant::Packed;
+use crate::kernels::quant::{Packed, QuantFormat};
 use crate::plan::Weight;
 use cache::{CacheFile, Cached};
 
@@ -27,14 +29,18 @@ impl<'a> Packer<'a> {
         Self { assignment, device, packing, file, cached, made: Vec::new() }
     }
 
-    /// Rank `rank`'s slice of a matrix. Called inside a pool, whose threads share the work.
-    pub(super) fn pack(&mut self, weight: Weight, rank: usize) -> Result<Packed> {
+    /// Rank `rank`'s slice of a matrix, unless it is to be left as it is stored. Called inside a pool, whose threads share the work.
+    pub(super) fn pack(&mut self, weight: Weight, rank: usize) -> Result<Option<Packed>> {
         let Cut { whole, rows, cols } = self.assignment.cut(weight, rank)?;
-        let (format, bytes) = (self.packing.format, whole.dtype().bytes(rows.len() * cols.len()));
+        let bytes = rows.len() * whole.dtype().bytes(cols.len());
+        let Some(format) = self.packing.format_of(&whole) else {
+            (self.packing.progress)(bytes);
+            return Ok(None);
+        };
         let name = format!("{}@{rank}", self.assignment.plan.weights[weight.0].name);
         if let Some(packed) = self.cached.as_ref().and_then(|cached| cached.packed(&name, format, &rows, &cols)) {
             (self.packing.progress)(bytes);
-            return Ok(packed);
+            return Ok(Some(packed));
         }
         let (n, of) = (Packed::bytes_for(format, rows.len(), cols.len(), cols.start), self.assignment);
         let packed = Packed::quantise(&whole, rows, cols, format, self.packing.progress).map_err(|e| Error::Device {
@@ -48,7 +54,7 @@ impl<'a> Packer<'a> {
         if self.file.is_some() {
             self.made.push((name, packed.clone()));
         }
-        Ok(packed)
+        Ok(Some(packed))
     }
 
     /// Writes the file, unless it was there. A disk that is full or read-only is no reason to fail: the weights are in memory.
@@ -63,5 +69,6 @@ impl<'a> Packer<'a> {
 /// All that the bytes of a place's packed weights depend on.
 fn describe(assignment: &Assignment<'_>, packing: &Packing<'_>, source: &str) -> String {
     let ranks: Vec<_> = assignment.ranks.iter().map(|&rank| (rank, &assignment.partition.ranks[rank])).collect();
-    format!("{} of {source}, layers {:?}, ranks {ranks:?}", packing.format.name(), assignment.partition.layers)
+    let format = packing.format.map_or("stored", QuantFormat::name);
+    format!("{format} of {source}, layers {:?}, ranks {ranks:?}", assignment.partition.layers)
 }

@@ -107,7 +107,7 @@ impl Run<'_> {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let params = Parameters::load(&args.grid.model)?;
+    let params = Parameters::load(args.grid.model.path()?)?;
     let (p, d) = (args.prompt_tokens.get(), args.decode_tokens.get());
     let positions = p.saturating_add(d);
     let limit = params.config().max_position_embeddings;

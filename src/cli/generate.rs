@@ -79,7 +79,7 @@ pub fn run(args: &Args) -> Outcome {
     // Made here, so that it can be told.
     let seed = Sampler::new(args.sampling())?.seed();
     let is_greedy = args.temperature == 0.0;
-    let params = Parameters::load(&args.grid.model)?;
+    let params = Parameters::load(args.grid.model.path()?)?;
     if args.prompt.is_empty() {
         return Err(Error::EmptyPrompt.into());
     }

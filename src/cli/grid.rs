@@ -12,13 +12,13 @@ use torchless::{
 };
 
 use super::Outcome;
+use super::model::ModelArg;
 
 /// Which model, on which devices.
 #[derive(clap::Args)]
 pub struct GridArgs {
-    /// Directory of the model, in the Hugging Face layout
-    #[arg(long, value_name = "DIR")]
-    pub model: PathBuf,
+    #[command(flatten)]
+    pub model: ModelArg,
 
     /// Devices, one for each rank: cpu and gpu:N (as `torchless devices` numbers them) between commas, repeated at will; or auto: of the hardware GPUs and the CPU those that are fastest, by running a few layers; without a GPU, the CPU
     #[arg(long, value_name = "LIST", default_value = "auto")]
@@ -155,11 +155,11 @@ impl GridArgs {
         // Better now than after the work.
         if let Some(trace) = &run.trace {
             super::files::check_writable(trace)?;
-            super::files::check_apart(trace, &[&self.model])?;
+            super::files::check_apart(trace, &[self.model.path()?])?;
         }
         let start = Instant::now();
         // Drawn only where stderr is a terminal: a spinner, until there are bytes to count.
-        let bar = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.display()));
+        let bar = ProgressBar::new_spinner().with_message(format!("loading {}", self.model.name()));
         bar.enable_steady_tick(Duration::from_millis(100));
         let counting = Once::new();
         let model = TensorParallelMistral::load_grid_with_progress(params.clone(), config, devices, |done, all| {
@@ -214,7 +214,7 @@ pub fn labels(devices: &[Device]) -> String {
 }
 
 /// The look of a bar that counts bytes.
-fn counted() -> ProgressStyle {
+pub fn counted() -> ProgressStyle {
     ProgressStyle::with_template("{msg} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }

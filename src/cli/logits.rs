@@ -34,9 +34,9 @@ pub fn run(args: &Args) -> Outcome {
     let tokens = files::read_ids(&args.tokens)?;
     files::check_writable(&args.out)?;
     let trace = args.run.trace.as_deref();
-    let inputs: Vec<&Path> = [args.tokens.as_path(), args.grid.model.as_path()].into_iter().chain(trace).collect();
+    let inputs: Vec<&Path> = [args.tokens.as_path(), args.grid.model.named()].into_iter().chain(trace).collect();
     files::check_apart(&args.out, &inputs)?;
-    let params = Parameters::load(&args.grid.model)?;
+    let params = Parameters::load(args.grid.model.path()?)?;
     let mut config = args.grid.config(&params, tokens.len());
     config.pipeline = PipelineConfig { num_micro_batches: args.micro_batches.get(), async_execution: true, ..config.pipeline };
     let loaded = args.grid.load(&args.run, &params, config)?;

@@ -6,6 +6,7 @@ mod files;
 mod generate;
 mod grid;
 mod logits;
+mod model;
 mod output;
 mod perplexity;
 mod plan;

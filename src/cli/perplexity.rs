@@ -54,7 +54,7 @@ struct Sum {
 pub fn run(args: &Args) -> Outcome {
     let name = args.text.display();
     let text = String::from_utf8(files::read(&args.text)?).map_err(|e| Failure::because(format!("{name} is not UTF-8"), e.utf8_error()))?;
-    let params = Parameters::load(&args.grid.model)?;
+    let params = Parameters::load(args.grid.model.path()?)?;
     let tokenizer = params.tokenizer()?;
     let front = front(tokenizer)?;
     let limit = args.grid.context.map_or(usize::MAX, NonZeroUsize::get).min(params.config().max_position_embeddings);

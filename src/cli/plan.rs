@@ -32,7 +32,7 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Outcome {
     let candidates = args.grid.candidates()?;
-    let params = Parameters::load(&args.grid.model)?;
+    let params = Parameters::load(args.grid.model.path()?)?;
     let config = args.grid.config(&params, params.config().max_position_embeddings);
     if args.predict {
         forget_predictions(&params, &config);

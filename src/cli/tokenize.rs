@@ -3,17 +3,17 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use torchless::Tokenizer;
+use torchless::{Parameters, Tokenizer};
 
+use super::model::ModelArg;
 use super::output::{print, print_json, table};
 use super::{Failure, Outcome, files};
 
 #[derive(clap::Args)]
 #[command(group = clap::ArgGroup::new("what").required(true))]
 pub struct Args {
-    /// Directory of the model
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    #[command(flatten)]
+    model: ModelArg,
 
     /// The text
     #[arg(long, value_name = "TEXT", group = "what", allow_hyphen_values = true)]
@@ -33,7 +33,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
-    let tokenizer = Tokenizer::from_file(args.model.join("tokenizer.json"))?;
+    let tokenizer = Parameters::load_tokenizer(args.model.tokenizer_path()?)?;
     if let Some(path) = &args.decode {
         return decode(&tokenizer, &files::read_ids(path)?, args.json);
     }

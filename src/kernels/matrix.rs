@@ -242,10 +242,17 @@ impl Matrix {
     #[cfg(unix)]
     fn advise(&self, advise: impl FnOnce(&Mmap, usize, usize) -> std::io::Result<()>) {
         let Storage::Mapped(file) = &self.storage else { return };
-        let first = if self.paired == 0 { self.offset } else { self.offset / (self.stride * self.paired) * (self.stride * self.paired) };
-        let last = self.offset + (self.rows.max(1) - 1) * self.stride + self.cols;
-        let last = if self.paired == 0 { last } else { last.next_multiple_of(self.stride * self.paired) };
-        let (start, end) = (self.dtype.bytes(first / self.dtype.block() * self.dtype.block()), self.dtype.bytes(last));
+        // No rows may have any number of columns, of which there is nothing to advise on.
+        if self.rows == 0 || self.cols == 0 {
+            return;
+        }
+        let (mut first, mut last) = (self.offset, self.offset + (self.rows - 1) * self.stride + self.cols);
+        if self.paired > 0 {
+            let head = self.stride * self.paired;
+            (first, last) = (first / head * head, last.next_multiple_of(head));
+        }
+        let block = self.dtype.block();
+        let (start, end) = (self.dtype.bytes(first / block * block), self.dtype.bytes(last));
         let _ = advise(file, self.base + start, end - start);
     }
 

@@ -30,18 +30,34 @@ pub(crate) enum Numerics {
 /// `y = x / sqrt(mean(x^2) + eps) * weight`: RMSNorm (Zhang and Sennrich, 2019). All `[hidden]`.
 pub(crate) fn rms_norm(x: &[f32], weight: &[f32], eps: f32, y: &mut [f32]) {
     widely(|| {
-        // f64, so that the order of additions can't show in an f32; 16 sums, so that none waits for the last.
-        let (chunks, rest) = x.as_chunks::<16>();
-        let mut sums = [0.0f64; 16];
-        for chunk in chunks {
-            sums.iter_mut().zip(chunk).for_each(|(sum, &v)| *sum += f64::from(v) * f64::from(v));
-        }
-        let sum = sums.iter().sum::<f64>() + rest.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-        let scale = (1.0 / (sum / x.len() as f64 + f64::from(eps)).sqrt()) as f32;
+        let scale = scale_of_norm(x, eps);
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
             *y = x * scale * w;
         }
     });
+}
+
+/// [`rms_norm`] in place, of a head: all `[head_dim]`.
+pub(crate) fn head_norm(x: &mut [f32], weight: &[f32], eps: f32) {
+    widely(|| {
+        let scale = scale_of_norm(x, eps);
+        for (x, w) in x.iter_mut().zip(weight) {
+            *x = *x * scale * w;
+        }
+    });
+}
+
+/// `1 / sqrt(mean(x^2) + eps)`
+#[inline(always)]
+fn scale_of_norm(x: &[f32], eps: f32) -> f32 {
+    // f64, so that the order of additions can't show in an f32; 16 sums, so that none waits for the last.
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut sums = [0.0f64; 16];
+    for chunk in chunks {
+        sums.iter_mut().zip(chunk).for_each(|(sum, &v)| *sum += f64::from(v) * f64::from(v));
+    }
+    let sum = sums.iter().sum::<f64>() + rest.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
+    (1.0 / (sum / x.len() as f64 + f64::from(eps)).sqrt()) as f32
 }
 
 /// Runs plain loops compiled for the best instruction set that the CPU has. They round as everywhere: nothing is fused.

@@ -70,7 +70,7 @@ impl Grid {
         progress: &(dyn Fn(u64, u64) + Sync),
     ) -> Result<Self> {
         let world = config.tensor.world_size;
-        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
+        let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule(&params))?;
         let mut layouts = lay_out(&params, config, &partition, local, devices, collective.size());
         // Members make the same sums in the same order, whatever devices they have.
         if group::any(&*collective, layouts[0].lanes > 1)? && config.overlap {
@@ -80,7 +80,7 @@ impl Grid {
         let cache = config.cache_weights.then_some((params.directory(), &stamp[..]));
         let (done, all) = (AtomicU64::new(0), rank_infos(&params, &partition, &layouts, None)?.iter().map(|rank| rank.weight_bytes).sum());
         let count = |bytes: usize| progress(done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64, all);
-        let packing = packing(config, cache, &count);
+        let packing = packing(&params, config, cache, &count)?;
         let ranks = rank_infos(&params, &partition, &layouts, packing)?;
         let rows = ranks.iter().map(|r| TraceRow { stage: r.stage, rank: r.rank, device: r.device.clone() }).collect();
         let (trace, stats) = (Arc::new(Trace::new(rows)), Arc::new(WorkStealingStats::new()));

@@ -7,6 +7,7 @@ use crate::backend::{Assignment, BLOCK, Packing, Room, Wire};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
+use crate::kernels::quant::QuantFormat;
 use crate::model::grid::room;
 use crate::model::mistral;
 use crate::model::parallel_config::ParallelConfig;
@@ -220,13 +221,28 @@ pub(super) fn spare(device: &Device, ranks: &[RankInfo], layouts: &[Layout]) -> 
     Ok(Some(spare / places.max(1) as u64))
 }
 
-/// How matrices are quantised, if `config` wants that.
+/// How matrices are packed, if any is: because the checkpoint has quantised ones, or because `config` wants that.
+///
+/// # Errors
+/// A format that weights can't be quantised to, or weights that are quantised already.
 pub(super) fn packing<'a>(
+    params: &Parameters,
     config: &ParallelConfig,
     cache: Option<(&'a Path, &'a str)>,
     progress: &'a (dyn Fn(usize) + Sync),
-) -> Option<Packing<'a>> {
-    config.weights.map(|format| Packing { format, cache, progress })
+) -> Result<Option<Packing<'a>>> {
+    if let Some(format) = config.weights {
+        if !QuantFormat::ENCODABLE.contains(&format) {
+            let right = "weights are quantised to q8_0, q4_0 or iq4_nl; the other formats are read from files that have them";
+            return Err(Error::Option { option: "weights", value: format.name().into(), right });
+        }
+        if params.is_quantised() {
+            let right = "the checkpoint's weights are quantised already, and doing it again would lose more than its format says; load them as stored";
+            return Err(Error::Option { option: "weights", value: format.name().into(), right });
+        }
+    }
+    let packs = config.weights.is_some() || params.is_quantised();
+    Ok(packs.then_some(Packing { format: config.weights, cache, progress }))
 }
 
 /// Ranks of each stage where the device list is cut into equal groups, one a stage.
@@ -251,8 +267,8 @@ pub(super) fn ranks_per_stage(n_devices: usize, stages: usize) -> Result<usize> 
 pub fn plan_summary(params: &Parameters, config: &ParallelConfig, devices: &[Device]) -> Result<PlanSummary> {
     let stages = config.stages.unwrap_or(1);
     let world = ranks_per_stage(devices.len(), stages)?;
-    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule())?;
-    let packing = packing(config, None, &|_| {});
+    let partition = Partition::new(params.config(), stages, world, config.shares.as_deref(), config.granule(params))?;
+    let packing = packing(params, config, None, &|_| {})?;
     let local: Vec<usize> = (0..world).collect();
     let layouts = lay_out(params, config, &partition, &local, devices, 1);
     let ranks = rank_infos(params, &partition, &layouts, packing)?;

@@ -8,7 +8,7 @@ use crate::plan::{Buf, ColumnParallel, Plan, Recorder, RowParallel};
 
 /// Records what the stage of `layers` does. `cut`: several places hold it, so that sums go through the host.
 pub(crate) fn record(config: &Config, layers: Range<usize>, cut: bool) -> Plan {
-    let mut r = Recorder::new(cut);
+    let mut r = Recorder::new(cut).having(config.optional_weights().into_iter().map(|(name, _)| name));
     let x = r.input();
     for (in_stage, layer) in layers.clone().enumerate() {
         r.within(format!("model.layers.{layer}."));
@@ -34,6 +34,8 @@ fn decoder_layer(r: &mut Recorder, layer: usize, x: Buf) {
     let q = r.linear(h, "self_attn.q_proj", Dim::Heads, ColumnParallel);
     let k = r.linear(h, "self_attn.k_proj", Dim::KvHeads, ColumnParallel);
     let v = r.linear(h, "self_attn.v_proj", Dim::KvHeads, ColumnParallel);
+    r.head_norm(q, "self_attn.q_norm");
+    r.head_norm(k, "self_attn.k_norm");
     r.rope(q);
     r.rope(k);
     let a = r.attend(layer, q, k, v);

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::kernels::parallel::WorkDistributionConfig;
 use crate::kernels::quant::{self, QuantFormat};
 use crate::kernels::wire::Wire;
+use crate::params::Parameters;
 use crate::partition::{Partition, TensorParallelConfig};
 
 /// More threads than any machine has use for: starting them would take longer than computing.
@@ -173,9 +174,9 @@ impl ParallelConfig {
         self
     }
 
-    /// The block of the weights' format, at whose multiples channels are cut.
-    pub(crate) fn granule(&self) -> usize {
-        self.weights.map_or(1, |_| quant::BLOCK)
+    /// The block of the weights' format, at whose multiples channels are cut. Blocks of 256 columns are cut too: their 8 parts are packed one by one.
+    pub(crate) fn granule(&self, params: &Parameters) -> usize {
+        if self.weights.is_some() || params.is_quantised() { quant::BLOCK } else { 1 }
     }
 
     /// Several stages where no number was set.
@@ -195,7 +196,7 @@ impl ParallelConfig {
     /// one positive number a rank or one a device, or no micro-batches, threads or KV positions.
     pub fn validate(&self, config: &Config) -> Result<()> {
         self.tensor.validate()?;
-        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), self.granule())?;
+        Partition::new(config, self.stages_for(config.n_layers), self.tensor.world_size, self.shares.as_deref(), 1)?;
         let counts =
             [("num_micro_batches", Some(self.pipeline.num_micro_batches)), ("threads", self.threads), ("kv_positions", self.kv_positions)];
         if let Some((option, _)) = counts.into_iter().find(|(_, count)| *count == Some(0)) {

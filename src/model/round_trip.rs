@@ -141,9 +141,12 @@ fn places(plan: &Plan, devices: &[Device], values: usize, rows: usize, wire: Wir
         head_dim: 2,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
+        rope_scaling: None,
         max_position_embeddings: rows,
         sliding_window: None,
         tie_word_embeddings: false,
+        qkv_bias: false,
+        qk_norm: false,
     };
     let part = |rank| RankPartition { heads: 0..0, kv_heads: 0..0, channels: rank..rank + 1, vocab: 0..0 };
     let partition = StagePartition { layers: 0..1, ranks: (0..ranks).map(part).collect() };

@@ -42,14 +42,8 @@ pub(super) fn open_all(dir: &Path) -> Result<Vec<SafetensorsFile>> {
 /// The index is the authority: every shard must hold the tensors that it assigns to it, and no others.
 fn open_shards(dir: &Path, index: &Path) -> Result<Vec<SafetensorsFile>> {
     let bad = |problem: String| Error::config(index, problem);
-    let json = read_at_most(index, INDEX_LIMIT)?;
-    let Index { weight_map: ByTensor(shard_of) } =
-        serde_json::from_slice(&json).map_err(|e| bad(format!("not an index of shards: {e}")))?;
-
+    let shard_of = parse_index(&read_at_most(index, INDEX_LIMIT)?, index)?;
     let shards: BTreeSet<&str> = shard_of.values().map(String::as_str).collect();
-    if let Some(shard) = shards.iter().find(|shard| !is_plain_file_name(shard)) {
-        return Err(bad(format!("it names the shard {shard:?}; a file name without any directory is needed")));
-    }
     let files = shards.iter().map(|shard| SafetensorsFile::open(dir.join(shard))).collect::<Result<Vec<_>>>()?;
     let files: BTreeMap<&str, SafetensorsFile> = shards.into_iter().zip(files).collect();
 
@@ -63,6 +57,22 @@ fn open_shards(dir: &Path, index: &Path) -> Result<Vec<SafetensorsFile>> {
         }
     }
     Ok(files.into_values().collect())
+}
+
+/// The shards that an index names.
+#[cfg(feature = "hub")]
+pub(crate) fn shards_of(index: &Path) -> Result<BTreeSet<String>> {
+    Ok(parse_index(&read_at_most(index, INDEX_LIMIT)?, index)?.into_values().collect())
+}
+
+/// The shard of each tensor, its name known to be that of a file in the directory of `index`.
+pub(super) fn parse_index(json: &[u8], index: &Path) -> Result<BTreeMap<String, String>> {
+    let Index { weight_map: ByTensor(shard_of) } =
+        serde_json::from_slice(json).map_err(|e| Error::config(index, format!("not an index of shards: {e}")))?;
+    if let Some(shard) = shard_of.values().find(|shard| !is_plain_file_name(shard)) {
+        return Err(Error::config(index, format!("it names the shard {shard:?}; a file name without any directory is needed")));
+    }
+    Ok(shard_of)
 }
 
 /// Whether a name stays in its directory on any system: `\` and `:` have a meaning on Windows only.

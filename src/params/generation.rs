@@ -22,15 +22,19 @@ impl GenerationConfig {
     pub(super) fn load(dir: &Path, config: &Keys) -> Result<Self> {
         let path = dir.join("generation_config.json");
         if !path.exists() {
-            return Ok(Self { eos_token_id: eos(config)?.unwrap_or_default(), bos_token_id: bos(config)? });
+            return Self::of(None, config);
         }
         let json = read_at_most(&path, CONFIG_LIMIT)?;
-        let keys = Keys::parse(&json, &path)?;
-        let eos_token_id = match eos(&keys)? {
+        Self::of(Some(&Keys::parse(&json, &path)?), config)
+    }
+
+    /// [`Self::load`] of the keys of both files.
+    pub(super) fn of(own: Option<&Keys>, config: &Keys) -> Result<Self> {
+        let eos_token_id = match own.map(eos).transpose()?.flatten() {
             Some(tokens) => tokens,
             None => eos(config)?.unwrap_or_default(),
         };
-        let bos_token_id = match bos(&keys)? {
+        let bos_token_id = match own.map(bos).transpose()?.flatten() {
             Some(token) => Some(token),
             None => bos(config)?,
         };

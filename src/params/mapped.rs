@@ -29,6 +29,16 @@ impl MappedFile {
         let file = open(&path)?;
         // SAFETY: the map is read only. Nobody may change the file under it, which `Parameters::load` asks of its caller.
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io("map", &path))?;
+        Self::of(path, map, kind, read_header)
+    }
+
+    /// [`Self::open`] of what `path` is mapped to.
+    pub(super) fn of<T>(
+        path: PathBuf,
+        map: Mmap,
+        kind: &'static str,
+        read_header: impl FnOnce(&[u8]) -> Result<(usize, T), String>,
+    ) -> Result<(Self, T)> {
         match read_header(&map) {
             Ok((data, found)) => Ok((Self { path, data: data.min(map.len()), map: Arc::new(map) }, found)),
             Err(problem) => Err(Error::Checkpoint { path, kind, problem }),

@@ -1,8 +1,11 @@
 //! [`Parameters`]: a checkpoint, mapped and checked.
 
 mod by_tensor;
+mod chat;
 mod files;
 mod fingerprint;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzed;
 mod generation;
 mod gguf;
 mod mapped;
@@ -13,13 +16,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
+use crate::chat::ChatTemplate;
 use crate::config::{CONFIG_LIMIT, Config, Keys, read_at_most};
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
 use crate::tokenizer::Tokenizer;
+#[cfg(feature = "hub")]
+pub(crate) use files::shards_of;
 pub use generation::GenerationConfig;
 use gguf::{GgufModel, Metadata};
 use mapped::MappedFile;
+pub(crate) use safetensors::read_header;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
@@ -54,14 +61,15 @@ impl Checkpoint {
         let generation = GenerationConfig::load(dir, &Keys::parse(&json, &config_path)?)?;
 
         let files = files::open_all(dir)?;
-        let mut tensors = HashMap::new();
+        let (mut tensors, optional) = (HashMap::new(), config.optional_weights());
         // One by one: a config may claim any number of layers, and the first that is missing must end this.
         for (name, shape) in tensors_of(&config) {
             let file = files.iter().find(|file| file.has(&name));
             let file = file.ok_or_else(|| Error::tensor(&name, format!("is missing from the checkpoint in {}", dir.display())))?;
             let bias = name.replace(".weight", ".bias");
-            if files.iter().any(|file| file.has(&bias)) {
-                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases" });
+            let known = || optional.iter().any(|(name, _)| bias.ends_with(name));
+            if files.iter().any(|file| file.has(&bias)) && !known() {
+                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases, but for Qwen 2's" });
             }
             let matrix = file.matrix(&name, &shape)?;
             tensors.insert(name, matrix);
@@ -126,16 +134,44 @@ impl Parameters {
     /// The tokenizer, read at the first call: a checkpoint without one loads too.
     ///
     /// # Errors
-    /// As [`Tokenizer::from_file`] of the directory's `tokenizer.json`; [`Error::Tokenizer`] for a GGUF file.
+    /// As [`Tokenizer::from_dir`]; of a GGUF file, [`Error::Config`] if it has no vocabulary, [`Error::Tokenizer`] or [`Error::Unsupported`] if
+    /// that is none that can be used.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         if let Some(tokenizer) = self.0.tokenizer.get() {
             return Ok(tokenizer);
         }
-        if self.0.metadata.is_some() {
-            return Err(Error::Tokenizer(format!("the vocabulary of {} cannot be used yet; token ids can", self.0.path.display())));
-        }
-        let tokenizer = Tokenizer::from_file(self.0.path.join("tokenizer.json"))?;
+        let tokenizer = match &self.0.metadata {
+            Some(metadata) => Tokenizer::from_vocabulary(metadata.vocabulary()?)?,
+            None => Tokenizer::from_dir(&self.0.path)?,
+        };
         Ok(self.0.tokenizer.get_or_init(|| tokenizer))
+    }
+
+    /// The tokenizer of the model at a path that [`Self::load`] takes, whose weights need not be there.
+    ///
+    /// # Errors
+    /// As [`Self::tokenizer`], and those of [`Self::load`] for the file that says it.
+    pub fn load_tokenizer(path: impl AsRef<Path>) -> Result<Tokenizer> {
+        match gguf::named_by(path.as_ref())? {
+            Some(file) => Tokenizer::from_vocabulary(gguf::vocabulary(&file)?),
+            None => Tokenizer::from_dir(path),
+        }
+    }
+
+    /// The model's chat template, read at every call: `chat_template.jinja`, or what `tokenizer_config.json` has, or a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files; those of
+    /// [`Self::tokenizer`] for a GGUF file, whose vocabulary spells the tokens that a template names.
+    pub fn chat_template(&self) -> Result<ChatTemplate> {
+        let Some(metadata) = &self.0.metadata else { return chat::load(&self.0.path) };
+        let Some(source) = metadata.chat_template()? else {
+            let problem = format!("{} has none: no tokenizer.chat_template is among its metadata", self.0.path.display());
+            return Err(Error::ChatTemplate(problem));
+        };
+        let keys = metadata.vocabulary()?;
+        let spelt = |id: Option<u32>| id.and_then(|id| keys.tokens.get(id as usize)).map_or("", String::as_str);
+        ChatTemplate::new(source, spelt(keys.bos), spelt(keys.eos))
     }
 
     /// The directory or file that was loaded.
@@ -182,6 +218,11 @@ impl Parameters {
         self.0.tensors.values().map(|matrix| matrix.bytes() as u64).sum()
     }
 
+    /// Whether any of its matrices is stored in a quantised format.
+    pub(crate) fn is_quantised(&self) -> bool {
+        self.0.tensors.values().any(|matrix| matrix.dtype().quantised().is_some())
+    }
+
     /// A number that stays the same for a checkpoint wherever it lies, and differs for another one.
     ///
     /// It is a hash of the config or metadata, of all headers and of a few KiB of samples of each file's data: no proof against a forgery.
@@ -207,7 +248,7 @@ impl std::fmt::Debug for Parameters {
     }
 }
 
-/// Every tensor of a model with these sizes, with its shape, as transformers' `MistralForCausalLM` names them.
+/// Every tensor of a model with these sizes, with its shape, as transformers names them.
 fn tensors_of(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
     let (hidden, channels, q, kv) = (config.hidden_size, config.intermediate_size, config.q_dim(), config.kv_dim());
     let embedding = vec![config.vocab_size, hidden];
@@ -224,7 +265,9 @@ fn tensors_of(config: &Config) -> impl Iterator<Item = (String, Vec<usize>)> {
         ("mlp.up_proj", vec![channels, hidden]),
         ("mlp.down_proj", vec![hidden, channels]),
     ];
-    let layers =
-        (0..config.n_layers).flat_map(move |i| layer.clone().map(|(name, shape)| (format!("model.layers.{i}.{name}.weight"), shape)));
+    let mut layer: Vec<_> = layer.into_iter().map(|(name, shape)| (format!("{name}.weight"), shape)).collect();
+    layer.extend(config.optional_weights().into_iter().map(|(name, elements)| (name.to_owned(), vec![elements])));
+    let layers = (0..config.n_layers)
+        .flat_map(move |i| layer.clone().into_iter().map(move |(name, shape)| (format!("model.layers.{i}.{name}"), shape)));
     ends.into_iter().chain(head).map(|(name, shape)| (name.to_owned(), shape)).chain(layers)
 }

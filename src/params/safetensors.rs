@@ -33,6 +33,13 @@ impl SafetensorsFile {
         Ok(Self { file, tensors })
     }
 
+    /// [`Self::open`] of what `path` is mapped to.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn mapped(path: PathBuf, map: memmap2::Mmap) -> Result<Self> {
+        let (file, tensors) = MappedFile::of(path, map, "safetensors", read_header)?;
+        Ok(Self { file, tensors })
+    }
+
     pub(super) fn file(&self) -> &MappedFile {
         &self.file
     }
@@ -40,6 +47,12 @@ impl SafetensorsFile {
     /// Every tensor's name, in alphabetical order.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
+    }
+
+    /// Every tensor as the header has it.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn tensors(&self) -> &BTreeMap<String, TensorInfo> {
+        &self.tensors
     }
 
     pub(super) fn has(&self, name: &str) -> bool {
@@ -68,7 +81,7 @@ impl SafetensorsFile {
 }
 
 /// Where the data starts, and every tensor, its range known to lie in the file.
-fn read_header(file: &[u8]) -> Result<(usize, BTreeMap<String, TensorInfo>), String> {
+pub(crate) fn read_header(file: &[u8]) -> Result<(usize, BTreeMap<String, TensorInfo>), String> {
     let Some((len, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("it has {} bytes, and the length of its header alone takes 8", file.len()));
     };

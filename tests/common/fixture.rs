@@ -6,7 +6,8 @@ use safetensors::SafeTensors;
 use torchless::{Config, InferenceState, ParallelMistral, Parameters, Result};
 
 /// All checkpoints of tests/fixtures.
-pub const ALL: [&str; 6] = ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied"];
+pub const ALL: [&str; 10] =
+    ["tiny-mistral", "gqa-headdim", "sliding", "sharded-f16", "uneven", "tied", "rope-llama3", "rope-linear", "qwen2", "qwen3"];
 
 /// One prompt and its answers.
 pub struct Case {

@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 pub struct Spec {
     /// Equal seeds give equal weights, up to the rounding of `dtype`, however they are sharded.
     pub seed: u64,
-    /// `mistral` or `llama`.
+    /// `mistral`, `llama`, `qwen2` or `qwen3`.
     pub model_type: &'static str,
     pub vocab: usize,
     pub hidden: usize,
@@ -111,6 +111,12 @@ impl Spec {
             ] {
                 tensors.push((format!("model.layers.{layer}.{name}.weight"), shape));
             }
+            let optional = match self.model_type {
+                "qwen2" => vec![("q_proj.bias", q), ("k_proj.bias", kv), ("v_proj.bias", kv)],
+                "qwen3" => vec![("q_norm.weight", self.head_dim), ("k_norm.weight", self.head_dim)],
+                _ => vec![],
+            };
+            tensors.extend(optional.into_iter().map(|(name, n)| (format!("model.layers.{layer}.self_attn.{name}"), vec![n])));
         }
         tensors.push(("model.norm.weight".into(), vec![hidden]));
         if !self.tied {

@@ -1,4 +1,4 @@
-//! Mistral in f64, by hand, straight from its definition: shares no code with the crate.
+//! The decoder in f64, by hand, straight from its definition: shares no code with the crate.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -45,7 +45,19 @@ impl Reference {
 
     fn linear(&self, x: &Rows, name: &str) -> Rows {
         let (shape, w) = &self.tensors[name];
-        x.iter().map(|x| (0..shape[0]).map(|r| (0..shape[1]).map(|c| w[r * shape[1] + c] * x[c]).sum()).collect()).collect()
+        let bias = self.tensors.get(&name.replace(".weight", ".bias")).map(|(_, bias)| bias);
+        let out = |x: &Vec<f64>, r: usize| (0..shape[1]).map(|c| w[r * shape[1] + c] * x[c]).sum::<f64>() + bias.map_or(0.0, |b| b[r]);
+        x.iter().map(|x| (0..shape[0]).map(|r| out(x, r)).collect()).collect()
+    }
+
+    /// Norms every head by itself, where the model has a weight for that.
+    fn norm_heads(&self, x: &mut Rows, d: usize, name: &str) {
+        if self.tensors.contains_key(name) {
+            for row in x {
+                let heads: Rows = row.chunks(d).map(<[f64]>::to_vec).collect();
+                *row = self.norm(&heads, name).concat();
+            }
+        }
     }
 
     fn norm(&self, x: &Rows, name: &str) -> Rows {
@@ -85,6 +97,8 @@ impl Reference {
             let mut q = self.linear(&h, &name("self_attn.q_proj"));
             let mut k = self.linear(&h, &name("self_attn.k_proj"));
             let v = self.linear(&h, &name("self_attn.v_proj"));
+            self.norm_heads(&mut q, d, &name("self_attn.q_norm"));
+            self.norm_heads(&mut k, d, &name("self_attn.k_norm"));
             self.rope(&mut q, d);
             self.rope(&mut k, d);
             let mut mixed = vec![vec![0.0; heads * d]; ids.len()];

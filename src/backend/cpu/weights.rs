@@ -45,17 +45,20 @@ pub(super) fn hold(assignment: &Assignment<'_>) -> Result<Vec<Vec<Held>>> {
 
 fn hold_one(assignment: &Assignment<'_>, weight: Weight, rank: usize, packer: Option<&mut Packer<'_>>) -> Result<Held> {
     match (assignment.plan.weights[weight.0].shape, packer) {
-        (WeightShape::Vector, _) => {
+        (WeightShape::Vector | WeightShape::Bias { .. }, _) => {
             let slice = assignment.weight(weight, rank)?;
             let mut v = vec![0.0; slice.cols()];
             slice.row_to_f32(0, &mut v);
             Ok(Held::Vector(v))
         }
-        (WeightShape::Matrix { .. }, None) => {
-            let slice = assignment.weight(weight, rank)?;
-            slice.will_need();
-            Ok(Held::Matrix(Weights::Stored(slice)))
+        (WeightShape::Matrix { .. }, packer) => {
+            let packed = packer.map(|packer| packer.pack(weight, rank)).transpose()?.flatten();
+            let stored = || {
+                let slice = assignment.weight(weight, rank)?;
+                slice.will_need();
+                Ok(Weights::Stored(slice))
+            };
+            packed.map_or_else(stored, |packed| Ok(Weights::Packed(packed))).map(Held::Matrix)
         }
-        (WeightShape::Matrix { .. }, Some(packer)) => Ok(Held::Matrix(Weights::Packed(packer.pack(weight, rank)?))),
     }
 }

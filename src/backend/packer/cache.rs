@@ -3,6 +3,9 @@
 //! The file is in the safetensors format with every tensor at a multiple of 64 bytes; its metadata says what it was made of and what
 //! its data hashes to. Whatever is wrong with it, it is as if there were none.
 
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzed;
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -11,24 +14,33 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use memmap2::Mmap;
-use safetensors::SafeTensors;
+use safetensors::tensor::TensorInfo;
+use serde::Deserialize;
 use serde_json::json;
 use tempfile::NamedTempFile;
 use xxhash_rust::xxh3::{Xxh3Default, xxh3_64};
 
 use crate::kernels::quant::{Packed, QuantFormat};
+use crate::params::read_header;
 
 /// Where a tensor's bytes may start.
 const ALIGNMENT: usize = 64;
 
 /// Goes up with every change of [`Packed`]'s layout or of how weights are quantised.
-const LAYOUT: u32 = 2;
+const LAYOUT: u32 = 3;
 
 /// The file of a place's packed weights.
 pub(super) struct CacheFile {
     path: PathBuf,
     /// Everything that its contents depend on.
     of: String,
+}
+
+/// What a header says beside the tensors.
+#[derive(Deserialize)]
+struct Header {
+    #[serde(rename = "__metadata__")]
+    about: HashMap<String, String>,
 }
 
 /// A file that is what it should be.
@@ -57,16 +69,7 @@ impl CacheFile {
         // It is read whole, from start to end, by the hash: that it was asked for early only helps.
         #[cfg(unix)]
         let _ = map.advise(memmap2::Advice::WillNeed);
-        let (header, metadata) = SafeTensors::read_metadata(&map).ok()?;
-        let about = metadata.metadata().as_ref()?;
-        let data = map.get(8 + header..)?;
-        let whole = about.get("of") == Some(&self.of) && about.get("xxh3") == Some(&format!("{:016x}", xxh3_64(data)));
-        let place = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
-            let (start, end) = info.data_offsets;
-            (name, (8 + header + start, end - start))
-        };
-        let tensors = metadata.tensors().into_iter().map(place).collect();
-        whole.then(|| Cached { map: Arc::new(map), tensors })
+        Cached::of(map, &self.of)
     }
 
     /// Writes the file anew: under another name first, so that no half of it is ever found.
@@ -97,6 +100,20 @@ impl CacheFile {
 }
 
 impl Cached {
+    /// The mapped file, if it is whole and made of this.
+    fn of(map: Mmap, of: &str) -> Option<Self> {
+        // Not by the library of the format: sums of its own overflow where tensors claim all of the address space.
+        let (data, tensors) = read_header(&map).ok()?;
+        let Header { about } = serde_json::from_slice(&map[size_of::<u64>()..data]).ok()?;
+        let has = |key: &str, value: &str| about.get(key).is_some_and(|found| found == value);
+        let whole = has("of", of) && has("xxh3", &format!("{:016x}", xxh3_64(&map[data..])));
+        let place = |(name, info): (String, TensorInfo)| {
+            let (start, end) = info.data_offsets;
+            (name, (data + start, end - start))
+        };
+        whole.then(|| Self { tensors: tensors.into_iter().map(place).collect(), map: Arc::new(map) })
+    }
+
     /// The packed slice of this name, if it is in the file.
     pub(super) fn packed(&self, name: &str, format: QuantFormat, rows: &Range<usize>, cols: &Range<usize>) -> Option<Packed> {
         let &(offset, len) = self.tensors.get(name)?;

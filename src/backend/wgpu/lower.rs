@@ -10,10 +10,10 @@ use super::room::{self, Bounds, Part};
 use super::shaders::{Kernel, Pipelines, Shape};
 use super::tune::Tuner;
 use super::twins::Twins;
-use super::weights::Source;
+use super::weights::{BLOCK, Source};
 use crate::backend::packer::Packer;
 use crate::backend::steps::{Step, lower};
-use crate::backend::{Assignment, KvType, Lane, Room, Wire};
+use crate::backend::{Assignment, Cut, KvType, Lane, Room, Wire};
 use crate::error::Result;
 use crate::kernels::pool::Pool;
 use crate::partition::RankPartition;
@@ -83,6 +83,8 @@ pub(super) struct Lowerer<'a> {
     int8: Option<wgpu::Buffer>,
     /// Which activation of the step it holds, and from how many rows on.
     int8_of: Option<(wgpu::Buffer, usize)>,
+    /// Of each rank, its projected queries, keys and values where they are not done with as they are computed. All layers share it.
+    projected: Vec<Activation>,
     /// What attention leaves of every span of a batch's rows. All layers and ranks share it, one after the other.
     parts: wgpu::Buffer,
     /// `[layer][rank]`.
@@ -134,6 +136,7 @@ impl<'a> Lowerer<'a> {
             wire,
             int8: None,
             int8_of: None,
+            projected: Vec::new(),
             parts,
             caches,
             calls: Vec::new(),
@@ -190,7 +193,7 @@ impl<'a> Lowerer<'a> {
         match *step {
             Step::Norm { add, x, y, weight } => self.norm(add, x, y, weight),
             Step::Linear { x, ref to, sum } => to.iter().try_for_each(|&(weight, y)| self.linear(x, y, weight, sum)),
-            Step::Qkv { x, weights, q, layer, .. } => self.qkv(x, weights, q, layer),
+            Step::Qkv { x, ref parts, layer } => self.qkv(x, parts, layer),
             Step::GatedLinear { x, gate, up, y, .. } => self.gated_linear(x, [gate, up], y),
             Step::Op(Op::Attend { layer, q, y }) => self.attend(layer, q, y),
             Step::Op(Op::Add { x, y }) => self.elementwise(Kernel::Add, x, &[x, y], None),
@@ -206,12 +209,18 @@ impl<'a> Lowerer<'a> {
         let (x, y) = (self.part(x, 0)?, self.part(y, 0)?);
         let mut values = vec![0.0; x.stride()];
         matrix.row_to_f32(0, &mut values[..matrix.cols()]);
-        let (name, size) = (&self.assignment.plan.weights[weight.0].name, size_of_val(&values[..]) as u64);
-        let buffer = self.gpu.buffer(name, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
-        self.gpu.scoped(name, size, || self.gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(&values)))?;
+        let buffer = self.upload(&self.assignment.plan.weights[weight.0].name, &values)?;
         let shape = Shape { eps: self.assignment.config.rms_norm_eps, accumulate: u32::from(add.is_some()), ..Shape::of(&x) };
         let added = add.map_or_else(|| Ok(buffer.clone()), |add| self.part(add, 0).map(|added| added.buffer))?;
         self.call(x.rows, Size::Groups(1), |_| vec![Kernel::RmsNorm], shape, vec![buffer, x.buffer, y.buffer, added])
+    }
+
+    /// A buffer of constants.
+    fn upload(&self, name: &str, values: &[f32]) -> Result<wgpu::Buffer> {
+        let size = size_of_val(values) as u64;
+        let buffer = self.gpu.buffer(name, size, wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_DST)?;
+        self.gpu.scoped(name, size, || self.gpu.queue.write_buffer(&buffer, 0, bytemuck::cast_slice(values)))?;
+        Ok(buffer)
     }
 
     fn attend(&mut self, layer: usize, q: Buf, y: Buf) -> Result<()> {
@@ -247,8 +256,15 @@ impl<'a> Lowerer<'a> {
     fn source(&mut self, weight: Weight, rank: usize) -> Result<Source> {
         let of = self.assignment.ranks[rank];
         let source = match &mut self.packer {
-            Some(packer) => Source::Packed(self.pool.enter(|| packer.pack(weight, of))?),
-            None => Source::Stored(self.assignment.weight(weight, of)?),
+            Some(packer) => match self.pool.enter(|| packer.pack(weight, of))? {
+                Some(packed) => Source::Packed(packed),
+                None => {
+                    let Cut { whole, rows, cols } = self.assignment.cut(weight, of)?;
+                    let lead = cols.start % BLOCK;
+                    Source::Stored(whole.slice(rows, cols.start - lead..cols.end), lead)
+                }
+            },
+            None => Source::Stored(self.assignment.weight(weight, of)?, 0),
         };
         self.weight_bytes[rank] += source.bytes() as u64;
         Ok(source)
@@ -349,7 +365,7 @@ impl<'a> Lowerer<'a> {
             wire: self.wire,
             weight_bytes: self.weight_bytes,
             #[cfg(test)]
-            activations: self.activations.into_iter().flatten().collect(),
+            activations: self.activations.into_iter().flatten().chain(self.projected).collect(),
         })
     }
 }

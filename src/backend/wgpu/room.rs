@@ -7,7 +7,7 @@ use crate::backend::{Assignment, BLOCK, Room, Wire};
 use crate::device::Device;
 use crate::error::Result;
 use crate::partition::Dim;
-use crate::plan::{Buf, Rows};
+use crate::plan::{Buf, Op, Rows};
 
 /// The most that one place keeps of keys and values.
 const MOST_KV: u64 = 1 << 30;
@@ -70,6 +70,19 @@ pub(super) fn parts(assignment: &Assignment<'_>, buf: Buf) -> Vec<Part> {
     ranks.iter().map(part).collect()
 }
 
+/// What a rank's projected queries, keys and values are together.
+pub(super) fn projected(assignment: &Assignment<'_>, rank: usize) -> Part {
+    let rank = &assignment.partition.ranks[rank];
+    let width = |dim| rank.width(dim, assignment.config);
+    Part { lead: 0, width: width(Dim::Heads) + 2 * width(Dim::KvHeads) }
+}
+
+/// Of each rank [`projected`], where a place keeps that for a moment.
+fn all_projected(assignment: &Assignment<'_>) -> impl Iterator<Item = Part> {
+    let kept = assignment.plan.ops.iter().any(|op| matches!(op, Op::AddBias { .. } | Op::HeadNorm { .. }));
+    assignment.ranks.iter().filter(move |_| kept).map(|&rank| projected(assignment, rank))
+}
+
 /// Rows that a place shrinks to at most to have more room for keys and values.
 const FEW_ROWS: usize = 16;
 
@@ -115,7 +128,8 @@ fn workspace(assignment: &Assignment<'_>, room: Room) -> u64 {
     let spans = 4 * Split::ROWS as u64 * MOST_SPANS * part_of_attention(assignment) as u64;
     let wire = if assignment.wire == Wire::F32 { 0 } else { own / 2 };
     let int8 = assignment.packing.as_ref().map_or(0, |_| int8_bytes(assignment, room)) as u64;
-    all.clone().sum::<u64>() + (lanes - 1) * own + lanes * all.max().unwrap_or(0) + spans + wire + int8
+    let projected: u64 = all_projected(assignment).map(|part| 4 * (room.rows * part.stride()) as u64).sum();
+    projected + all.clone().sum::<u64>() + (lanes - 1) * own + lanes * all.max().unwrap_or(0) + spans + wire + int8
 }
 
 /// What of `want` fits.
@@ -131,7 +145,8 @@ pub(super) fn fit(bounds: Bounds, assignment: &Assignment<'_>, owner: &Owner, wa
     // The rotary angles of a row are an activation of one head's width.
     let widest = |rows| {
         let bufs = (0..assignment.plan.bufs.len()).filter(|&i| assignment.plan.bufs[i].rows == rows);
-        bufs.flat_map(|i| parts(assignment, Buf(i))).map(Part::stride).max().unwrap_or(4).max(head_dim) as u64
+        let projected = all_projected(assignment).filter(|_| rows == Rows::All);
+        bufs.flat_map(|i| parts(assignment, Buf(i))).chain(projected).map(Part::stride).max().unwrap_or(4).max(head_dim) as u64
     };
     // What a segment reads of all ranks is copied to one buffer.
     let read = |rows| {

@@ -23,6 +23,7 @@ pub(super) enum Kernel {
     LinearTile(Format, Finish, Tile),
     LinearInt8(Format, Finish, Tile),
     Quantise,
+    Heads(KvType),
     Attend(KvType),
     AttendMerge,
     Add,
@@ -56,6 +57,7 @@ impl Kernel {
             Self::LinearTile(..) => include_str!("../../../shaders/linear_tile.wgsl"),
             Self::LinearInt8(..) => include_str!("../../../shaders/linear_int8.wgsl"),
             Self::Quantise => include_str!("../../../shaders/quantise.wgsl"),
+            Self::Heads(_) => include_str!("../../../shaders/heads.wgsl"),
             Self::Attend(_) => include_str!("../../../shaders/attend.wgsl"),
             Self::AttendMerge => include_str!("../../../shaders/attend_merge.wgsl"),
             Self::Add => include_str!("../../../shaders/add.wgsl"),
@@ -77,13 +79,13 @@ impl Kernel {
 
     /// Whether it calls `group_sum` or `group_max`.
     pub(super) fn reduces(self) -> bool {
-        matches!(self, Self::RmsNorm | Self::Attend(_))
+        matches!(self, Self::RmsNorm | Self::Heads(_) | Self::Attend(_))
     }
 
     /// The type of the pages that it touches.
     fn kv(self) -> Option<KvType> {
         match self {
-            Self::Attend(kv) => Some(kv),
+            Self::Heads(kv) | Self::Attend(kv) => Some(kv),
             _ => match self.linear() {
                 Some((_, Finish::Qkv(kv))) => Some(kv),
                 _ => None,
@@ -99,6 +101,8 @@ impl Kernel {
                 Finish::Store | Finish::SwiGlu => &[Read, Read, Write],
                 Finish::Qkv(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             },
+            // As those of a linear layer whose end it takes over.
+            Self::Heads(_) => &[Read, Read, Write, Write, Write, Read, Read, Read],
             Self::Attend(_) => &[Read, Write, Read, Read, Read, Read, Write],
             Self::Quantise | Self::AttendMerge | Self::Narrow(_) | Self::Widen(_) => &[Read, Write],
             Self::Add => &[Write, Read],
@@ -107,32 +111,44 @@ impl Kernel {
     }
 }
 
+/// A file of `shaders/weights/`.
+macro_rules! weights {
+    ($name:literal) => {
+        include_str!(concat!("../../../shaders/weights/", $name, ".wgsl"))
+    };
+}
+
 impl Format {
-    fn sources(self, tuning: Tuning) -> [&'static str; 2] {
-        const DENSE: &str = include_str!("../../../shaders/weights/dense.wgsl");
-        const NIBBLES: &str = include_str!("../../../shaders/weights/nibbles.wgsl");
+    fn sources(self, tuning: Tuning) -> Vec<&'static str> {
+        const PLAIN: &str = weights!("plain");
+        const DENSE: &str = weights!("dense");
+        const NIBBLES: &str = weights!("nibbles");
         match self {
-            Self::Stored(DType::F32) => [DENSE, include_str!("../../../shaders/weights/f32.wgsl")],
-            Self::Stored(DType::F16) => [DENSE, include_str!("../../../shaders/weights/f16.wgsl")],
-            Self::Stored(DType::Bf16) => [DENSE, include_str!("../../../shaders/weights/bf16.wgsl")],
-            Self::Packed(QuantFormat::Q8_0) => ["", include_str!("../../../shaders/weights/q8_0.wgsl")],
-            Self::Packed(QuantFormat::Q4_0) => [NIBBLES, include_str!("../../../shaders/weights/q4_0.wgsl")],
-            Self::Packed(QuantFormat::Iq4Nl) if tuning.computed_levels => {
-                [NIBBLES, include_str!("../../../shaders/weights/iq4_nl_computed.wgsl")]
-            }
-            Self::Packed(QuantFormat::Iq4Nl) => [NIBBLES, include_str!("../../../shaders/weights/iq4_nl.wgsl")],
-            Self::Packed(_) | Self::Stored(DType::Quantised(_)) => unreachable!("nothing loads these yet"),
+            Self::Stored(DType::F32) => vec![PLAIN, DENSE, weights!("f32")],
+            Self::Stored(DType::F16) => vec![PLAIN, DENSE, weights!("f16")],
+            Self::Stored(DType::Bf16) => vec![PLAIN, DENSE, weights!("bf16")],
+            Self::Stored(DType::Quantised(format)) | Self::Packed(format) => match format {
+                QuantFormat::Q8_0 => vec![PLAIN, weights!("q8_0")],
+                QuantFormat::Q4_0 => vec![PLAIN, NIBBLES, weights!("q4_0")],
+                QuantFormat::Iq4Nl if tuning.computed_levels => vec![PLAIN, NIBBLES, weights!("iq4_nl_computed")],
+                QuantFormat::Iq4Nl => vec![PLAIN, NIBBLES, weights!("iq4_nl")],
+                QuantFormat::Q4_1 => vec![weights!("q4_1")],
+                QuantFormat::Q5_0 => vec![PLAIN, weights!("q5_0")],
+                QuantFormat::Q5_1 => vec![weights!("q5_1")],
+                QuantFormat::Q4K => vec![weights!("q4_k")],
+                QuantFormat::Q5K => vec![weights!("q5_k")],
+                QuantFormat::Q6K => vec![weights!("q6_k")],
+            },
         }
     }
 
-    /// What gives the weights as int8, where they are such times a scale.
-    fn int8_source(self) -> &'static str {
+    /// What gives the weights as int8, where they are such times a scale; `None` where there is no such kernel.
+    pub(super) fn int8_source(self) -> Option<&'static str> {
         match self {
-            Self::Stored(_) => "",
-            Self::Packed(QuantFormat::Q8_0) => include_str!("../../../shaders/weights/int8/q8_0.wgsl"),
-            Self::Packed(QuantFormat::Q4_0) => include_str!("../../../shaders/weights/int8/q4_0.wgsl"),
-            Self::Packed(QuantFormat::Iq4Nl) => include_str!("../../../shaders/weights/int8/iq4_nl.wgsl"),
-            Self::Packed(_) => "",
+            Self::Packed(QuantFormat::Q8_0) => Some(weights!("int8/q8_0")),
+            Self::Packed(QuantFormat::Q4_0) => Some(weights!("int8/q4_0")),
+            Self::Packed(QuantFormat::Iq4Nl) => Some(weights!("int8/iq4_nl")),
+            Self::Packed(_) | Self::Stored(_) => None,
         }
     }
 }
@@ -159,8 +175,8 @@ pub(super) struct Shape {
     pub lead: u32,
     pub eps: f32,
     pub scale: f32,
-    pub unused0: u32,
-    pub unused1: u32,
+    pub phase: u32,
+    pub unused: u32,
 }
 
 /// The WGSL of a module.
@@ -170,13 +186,16 @@ pub(super) fn source(kernel: Kernel, tuning: Tuning) -> String {
         parts.push(include_str!("../../../shaders/weights/blocks.wgsl"));
         parts.extend(format.sources(tuning));
         if matches!(kernel, Kernel::LinearInt8(..)) {
-            parts.push(format.int8_source());
+            parts.extend(format.int8_source());
         }
         parts.push(match finish {
             Finish::Store => include_str!("../../../shaders/finish/store.wgsl"),
             Finish::SwiGlu => include_str!("../../../shaders/finish/swiglu.wgsl"),
             Finish::Qkv(_) => include_str!("../../../shaders/finish/qkv.wgsl"),
         });
+    }
+    if matches!(kernel, Kernel::Heads(_)) {
+        parts.push(include_str!("../../../shaders/finish/qkv.wgsl"));
     }
     if kernel.reduces() {
         parts.push(match tuning.reduce {
@@ -218,9 +237,13 @@ pub(super) fn constants(kernel: Kernel, tuning: Tuning, head_dim: usize) -> Vec<
         Kernel::RmsNorm => all.push(("WG", f64::from(tuning.lanes))),
         // Attention has a lane for each position of a block.
         Kernel::Attend(_) => all.extend([("WG", f64::from(ELEMENTS)), ("HALF_HEAD", (head_dim / 2) as f64)]),
-        Kernel::Quantise | Kernel::AttendMerge | Kernel::Add | Kernel::TakeRows | Kernel::Narrow(_) | Kernel::Widen(_) => {
-            all.push(("WG", f64::from(ELEMENTS)))
-        }
+        Kernel::Heads(_)
+        | Kernel::Quantise
+        | Kernel::AttendMerge
+        | Kernel::Add
+        | Kernel::TakeRows
+        | Kernel::Narrow(_)
+        | Kernel::Widen(_) => all.push(("WG", f64::from(ELEMENTS))),
         Kernel::Linear(..) | Kernel::LinearTile(..) | Kernel::LinearInt8(..) => {}
     }
     if let Some(kv) = kernel.kv() {

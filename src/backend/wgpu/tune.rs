@@ -46,7 +46,7 @@ pub(super) struct Layer {
 
 impl Layer {
     fn bytes(self) -> usize {
-        self.format.block_bytes() * self.blocks * self.tiles
+        self.format.tile_bytes(self.blocks, 0) * self.tiles
     }
 
     /// The name that a choice is kept under.
@@ -128,7 +128,7 @@ fn choose(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, base: Linear) -> Res
         if time < several {
             linear.many = Some((least, tiles[tile]));
         }
-        if matches!(layer.format, Format::Packed(_)) {
+        if layer.format.int8_source().is_some() {
             linear.int8 = int8(pipelines, bench, time.min(several))?.map(|tile| (least, tile));
         }
     }
@@ -149,7 +149,7 @@ fn int8(pipelines: &mut Pipelines<'_>, bench: &Bench<'_>, other: Duration) -> Re
 pub(crate) fn kernel_times(device: &Device, adapter: &Adapter, weights: &str, out: usize, cols: usize) -> Result<Vec<KernelTime>> {
     let owner = Owner { stage: 0, ranks: Vec::new(), device: device.to_string() };
     let Some(format) = Format::all().find(|format| format.name() == weights) else {
-        let right = "weights are f32, f16, bf16, q8_0, q4_0 or iq4_nl";
+        let right = "weights are f32, f16, bf16 or of a quantised format, such as q4_0 or q4_k";
         return Err(Error::Option { option: "--weights", value: weights.into(), right });
     };
     if !(1..=LARGEST).contains(&out) || !(1..=LARGEST).contains(&cols) {

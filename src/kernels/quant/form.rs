@@ -187,6 +187,12 @@ pub(super) fn sum_of(x: &[f32; BLOCK]) -> f32 {
 }
 
 impl Scaling {
+    /// Of how many kinds the scales of a block are.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    pub(super) fn planes(self) -> usize {
+        if self == Self::Plain { 1 } else { 2 }
+    }
+
     /// Bytes of a row's scales in a block, and of what 8 blocks share.
     pub(super) const fn row_bytes(self) -> (usize, usize) {
         match self {

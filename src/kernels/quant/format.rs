@@ -1,10 +1,12 @@
 //! [`QuantFormat`]: what small integers and scales weights become, and what they are worth.
 
+use super::packed::TILE;
+
 /// Columns that share a scale.
 pub(crate) const BLOCK: usize = 32;
 
 /// Blocks that share what their scales are multiplied by, in the formats that have that.
-pub(super) const SUPER: usize = 8;
+pub(crate) const SUPER: usize = 8;
 
 /// How a weight matrix is quantised, as ggml (llama.cpp) defines it: columns in blocks of 32 with a scale each.
 ///
@@ -147,6 +149,26 @@ impl QuantFormat {
             Some(levels) => levels[usize::from(q)],
             None => q.wrapping_sub(self.offset()) as i8,
         }
+    }
+
+    /// Words of a row's 4-bit or 8-bit values in a block of a tile, and of their further bits.
+    pub(crate) fn tile_words(self) -> (usize, usize) {
+        if self.bits() == 8 { (BLOCK / 4, 0) } else { (BLOCK / 8, self.bits() - 4) }
+    }
+
+    /// Bytes of a block of a tile, scales included.
+    pub(crate) fn tile_block_bytes(self) -> usize {
+        TILE * (self.quant_bytes() + self.scaling().row_bytes().0)
+    }
+
+    /// Bytes of what 8 blocks of a tile share.
+    pub(crate) fn tile_shared_bytes(self) -> usize {
+        TILE * self.scaling().row_bytes().1
+    }
+
+    /// How many times blocks share, where the first of so many has `phase` in front of it that share with it.
+    pub(crate) fn groups(self, blocks: usize, phase: usize) -> usize {
+        if blocks == 0 { 0 } else { (phase + blocks).div_ceil(SUPER) }
     }
 
     /// Bytes of a block's quants in one row of a tile.

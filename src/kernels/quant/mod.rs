@@ -29,8 +29,8 @@ use crate::kernels::linear;
 
 pub(crate) use exact::packed_rows;
 pub(crate) use fast::packed_rows_int8;
-pub(crate) use format::BLOCK;
 pub use format::QuantFormat;
+pub(crate) use format::{BLOCK, SUPER};
 pub(crate) use int8::Int8Rows;
 pub(crate) use packed::{Packed, TILE};
 pub(crate) use stored::row_to_f32;

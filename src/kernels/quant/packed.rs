@@ -18,14 +18,12 @@
 
 use std::sync::Arc;
 
-#[cfg(test)]
 use half::f16;
 use memmap2::Mmap;
 
 use super::form::phase;
-use super::format::{BLOCK, QuantFormat, SUPER};
-#[cfg(test)]
-use super::{format::Scaling, stored::Stored};
+use super::format::{BLOCK, QuantFormat, SUPER, Scaling};
+use super::stored::Stored;
 
 /// Weight rows of a tile: the rows of a task start at a multiple of it.
 pub(crate) const TILE: usize = 16;
@@ -58,12 +56,12 @@ impl Shape {
 
     /// From one block of a tile to the next.
     pub fn stride(&self) -> usize {
-        self.block_bytes() + TILE * self.format.scaling().row_bytes().0
+        self.format.tile_block_bytes()
     }
 
     /// Bytes that 8 blocks share, in front of them.
     pub fn shared_bytes(&self) -> usize {
-        TILE * self.format.scaling().row_bytes().1
+        self.format.tile_shared_bytes()
     }
 
     /// Where what a block shares begins, in a tile.
@@ -78,7 +76,7 @@ impl Shape {
     }
 
     pub fn tile_bytes(&self) -> usize {
-        let groups = if self.blocks() == 0 { 0 } else { (self.phase + self.blocks()).div_ceil(SUPER) };
+        let groups = self.format.groups(self.blocks(), self.phase);
         (groups * self.shared_bytes() + self.blocks() * self.stride()).next_multiple_of(64)
     }
 
@@ -145,6 +143,12 @@ impl Packed {
         self.shape.lead
     }
 
+    /// Blocks of the whole matrix in front of the first one here that share scales with it; 0 where none do.
+    #[cfg_attr(not(feature = "gpu"), expect(dead_code))]
+    pub(crate) fn phase(&self) -> usize {
+        if self.shape.shared_bytes() == 0 { 0 } else { self.shape.phase }
+    }
+
     pub(crate) fn format(&self) -> QuantFormat {
         self.shape.format
     }
@@ -178,6 +182,18 @@ impl Packed {
         std::array::from_fn(|i| self.tile(r / TILE)[at + i])
     }
 
+    /// Copies the scales of row `r` in a block to where `place(plane, bytes of a row)` says.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn copy_scales(&self, r: usize, block: usize, place: impl Fn(usize, usize) -> usize, to: &mut [u8]) {
+        let all = self.shape.format.scaling();
+        for plane in 0..all.planes() {
+            match all {
+                Scaling::Plain | Scaling::Affine => to[place(plane, 2)..][..2].copy_from_slice(&self.scale::<2>(r, block, plane)),
+                Scaling::Super | Scaling::Halves => to[place(plane, 1)] = self.scale::<1>(r, block, plane)[0],
+            }
+        }
+    }
+
     /// One of the f16 of row `r` that a block shares with its neighbours.
     #[cfg_attr(not(any(feature = "gpu", test)), expect(dead_code))]
     pub(crate) fn shared(&self, r: usize, block: usize, plane: usize) -> [u8; 2] {
@@ -186,7 +202,6 @@ impl Packed {
     }
 
     /// A block of row `r`, as a file would have it.
-    #[cfg(test)]
     pub(super) fn stored(&self, r: usize, block: usize) -> Stored {
         let (bits, half) = (self.shape.format.bits(), |bytes: [u8; 2]| f16::from_ne_bytes(bytes));
         let quant = |k: usize| match bits {
@@ -214,7 +229,6 @@ impl Packed {
     ///
     /// # Panics
     /// If `r` or the length of `out` doesn't fit the matrix.
-    #[cfg(test)]
     pub(crate) fn row_to_f32(&self, r: usize, out: &mut [f32]) {
         let Shape { rows, cols, lead, format, .. } = self.shape;
         assert!(r < rows, "row {r} of a matrix of {rows} rows");

@@ -2,7 +2,7 @@
 
 use super::names::{EMBEDDING, HEAD};
 use super::parts::Parts;
-use crate::config::Config;
+use crate::config::{Config, RopeScaling};
 use crate::error::{Error, Result};
 
 /// Llama's and Mistral's architecture, as converters call both.
@@ -51,6 +51,7 @@ pub(super) fn read(parts: &Parts) -> Result<Config> {
     }
     let channels = key("feed_forward_length");
     let intermediate_size = metadata.repeated_size(&channels)?.ok_or_else(|| metadata.wrong(&channels, "it has no default"))?;
+    let head_dim = head_dim(parts, hidden_size, n_heads)?;
     let config = Config {
         vocab_size: vocab_size(parts)?,
         hidden_size,
@@ -58,12 +59,15 @@ pub(super) fn read(parts: &Parts) -> Result<Config> {
         n_layers: metadata.required_size(&key("block_count"))?,
         n_heads,
         n_kv_heads,
-        head_dim: head_dim(parts, hidden_size, n_heads)?,
+        head_dim,
         rms_norm_eps: metadata.required_positive(&key("attention.layer_norm_rms_epsilon"))?,
         rope_theta: metadata.positive(&key("rope.freq_base"))?.unwrap_or(10_000.0),
+        rope_scaling: rope_scaling(parts, head_dim)?,
         max_position_embeddings: metadata.required_size(&key("context_length"))?,
         sliding_window: sliding_window(parts, &key("attention.sliding_window"))?,
         tie_word_embeddings: parts.find(HEAD).is_none(),
+        qkv_bias: false,
+        qk_norm: false,
     };
     config.check_bytes(path)?;
     Ok(config)
@@ -145,11 +149,11 @@ fn refuse_unsupported(parts: &Parts) -> Result<()> {
     if metadata.text(&layout)?.is_some_and(|layout| layout != "Meta AI original pth") {
         return Err(metadata.unsupported(&layout, "\"Meta AI original pth\""));
     }
-    refuse_scaled_positions(parts)
+    Ok(())
 }
 
-/// Rotary positions whose frequencies are not those of the base alone.
-fn refuse_scaled_positions(parts: &Parts) -> Result<()> {
+/// How the frequencies of the base are scaled: by one factor, or by a divisor each.
+fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
     let metadata = parts.metadata();
     let key = |name: &str| format!("{ARCHITECTURE}.rope.{name}");
     let factor = match metadata.number(&key("scaling.factor"))? {
@@ -158,17 +162,28 @@ fn refuse_scaled_positions(parts: &Parts) -> Result<()> {
     };
     // As llama.cpp reads them: linear unless the type says otherwise, and 0 is no factor.
     let kind = metadata.text(&key("scaling.type"))?;
-    let scaled = match kind.unwrap_or("linear") {
-        "none" => false,
-        "linear" => !matches!(factor, None | Some(0.0 | 1.0)),
-        _ => true,
+    let linear = match (kind.unwrap_or("linear"), factor) {
+        ("none", _) | ("linear", None | Some(0.0 | 1.0)) => None,
+        ("linear", Some(factor)) => Some(RopeScaling::Linear { factor: factor as f32 }),
+        (other, _) => {
+            return Err(Error::Unsupported { what: "llama.rope.scaling.type", found: other.into(), supported: "\"none\" and \"linear\"" });
+        }
     };
-    if scaled {
-        let found = format!("{} by {}", kind.unwrap_or("linear"), factor.map_or_else(|| "no factor".into(), |x| x.to_string()));
-        return Err(Error::Unsupported { what: "llama.rope.scaling", found, supported: "unscaled rotary positions" });
+    let divisors = match parts.find(FREQUENCY_FACTORS) {
+        Some(file) => {
+            let mut divisors = vec![0.0; head_dim / 2];
+            file.matrix(FREQUENCY_FACTORS, &[head_dim / 2])?.row_to_f32(0, &mut divisors);
+            Some(RopeScaling::Divisors(divisors))
+        }
+        None => None,
+    };
+    if linear.is_some() && divisors.is_some() {
+        let problem = format!("it has both {} and {FREQUENCY_FACTORS}; one kind of rotary scaling is possible", key("scaling.factor"));
+        return Err(Error::config(metadata.path(), problem));
     }
-    if parts.find(FREQUENCY_FACTORS).is_some() {
-        return Err(Error::Unsupported { what: "tensor", found: FREQUENCY_FACTORS.into(), supported: "unscaled rotary positions" });
+    let scaling = divisors.or(linear);
+    match scaling.as_ref().and_then(|scaling| scaling.problem(head_dim)) {
+        Some(problem) => Err(Error::config(metadata.path(), format!("rotary scaling: {problem}"))),
+        None => Ok(scaling),
     }
-    Ok(())
 }

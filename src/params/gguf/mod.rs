@@ -20,6 +20,7 @@ use super::tensors_of;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
+use crate::tokenizer::Vocabulary;
 pub(crate) use metadata::Metadata;
 use parts::Parts;
 
@@ -39,6 +40,14 @@ pub(super) fn named_by(path: &Path) -> Result<Option<PathBuf>> {
         return if super::files::any(path) { Ok(None) } else { parts::only_model(path) };
     }
     Ok(parts::is_gguf(path).then(|| path.into()))
+}
+
+/// The vocabulary of the model of which `path` is the file, or a part.
+///
+/// # Errors
+/// Those of the file and of its metadata.
+pub(super) fn vocabulary(path: &Path) -> Result<Vocabulary> {
+    Parts::open(path)?.metadata().vocabulary()
 }
 
 impl GgufModel {

@@ -4,6 +4,7 @@ use super::config::TOKENS;
 use super::metadata::Metadata;
 use crate::error::Result;
 use crate::params::GenerationConfig;
+use crate::tokenizer::Vocabulary;
 
 const TOKEN_TYPE: &str = "tokenizer.ggml.token_type";
 const BOS: &str = "tokenizer.ggml.bos_token_id";
@@ -28,39 +29,16 @@ const ENDS: [&str; 11] = [
     "<EOT>",
 ];
 
-/// A vocabulary as the metadata has it under `tokenizer.ggml`. Nothing is checked but the types of the values.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct VocabularyKeys {
-    /// `model`: `llama` for SentencePiece's BPE with scores, `gpt2` for byte-level BPE.
-    pub kind: String,
-    /// `pre`: by which rule a text is cut into words.
-    pub pre: Option<String>,
-    /// Every token's spelling, in the order of ids.
-    pub tokens: Vec<String>,
-    pub scores: Vec<f32>,
-    /// `token_type`, one a token, or none at all.
-    pub types: Vec<i32>,
-    pub merges: Vec<String>,
-    pub bos: Option<u32>,
-    pub eos: Option<u32>,
-    pub unk: Option<u32>,
-    pub add_bos: Option<bool>,
-    pub add_eos: Option<bool>,
-    pub add_space_prefix: Option<bool>,
-    pub remove_extra_whitespaces: Option<bool>,
-}
-
-#[cfg_attr(not(test), expect(dead_code))]
 impl Metadata {
     /// The vocabulary, whose texts are copied out of the file.
     ///
     /// # Errors
     /// [`crate::Error::Config`] if the model or the tokens are missing, or a value has another type.
-    pub(crate) fn vocabulary(&self) -> Result<VocabularyKeys> {
+    pub(crate) fn vocabulary(&self) -> Result<Vocabulary> {
         let flag = |name: &str| self.flag(&format!("tokenizer.ggml.{name}"));
         let types = self.integers(TOKEN_TYPE)?.unwrap_or_default();
         let as_i32 = |n: i64| i32::try_from(n).map_err(|_| self.wrong(TOKEN_TYPE, "integers of 32 bits are needed"));
-        Ok(VocabularyKeys {
+        Ok(Vocabulary {
             kind: self.required_text("tokenizer.ggml.model")?.into(),
             pre: self.text("tokenizer.ggml.pre")?.map(Into::into),
             tokens: self.texts(TOKENS)?.ok_or_else(|| self.wrong(TOKENS, "it has no default"))?,

@@ -12,22 +12,38 @@ pub(super) const HIDDEN: usize = 24;
 
 /// A model of the projections and attention alone; a rank has the query heads from one border to the next.
 pub(super) fn model(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize]) -> Model {
+    model_with(head_dim, n_heads, n_kv_heads, borders, &[])
+}
+
+/// The same, with biases and norms of heads where their names are given.
+fn model_with(head_dim: usize, n_heads: usize, n_kv_heads: usize, borders: &[usize], optional: &[&'static str]) -> Model {
     let mut numbers = Numbers::new((head_dim + n_heads) as u64);
     let mut weight = |heads: usize| {
         let (rows, cols) = (heads * head_dim, HIDDEN);
         matrix(DType::F32, rows, cols, &numbers.take(rows * cols))
     };
     let (q, k, v) = (weight(n_heads), weight(n_kv_heads), weight(n_kv_heads));
-    let mut model = Model::new(HIDDEN, head_dim, n_heads, n_kv_heads, 1).tensor("q", q).tensor("k", k).tensor("v", v).plan(|mut r| {
+    let mut model = Model::new(HIDDEN, head_dim, n_heads, n_kv_heads, 1).tensor("q", q).tensor("k", k).tensor("v", v).plan(|r| {
+        let mut r = r.having(optional.iter().copied());
         let x = r.input();
         let q = r.linear(x, "q", Dim::Heads, ColumnParallel);
         let k = r.linear(x, "k", Dim::KvHeads, ColumnParallel);
         let v = r.linear(x, "v", Dim::KvHeads, ColumnParallel);
+        r.head_norm(q, "q_norm");
+        r.head_norm(k, "k_norm");
         r.rope(q);
         r.rope(k);
         let y = r.attend(0, q, k, v);
         r.all_gather(y)
     });
+    for &name in optional {
+        let elements = match name {
+            "q.bias" => n_heads * head_dim,
+            "k.bias" | "v.bias" => n_kv_heads * head_dim,
+            _ => head_dim,
+        };
+        model.tensors.insert(name.to_owned(), matrix(DType::Bf16, 1, elements, &numbers.take(elements)));
+    }
     let group = n_heads / n_kv_heads;
     let rank = |border: &[usize]| RankPartition {
         heads: border[0]..border[1],
@@ -55,7 +71,26 @@ fn rotate(x: &mut [f64], width: usize, head_dim: usize) {
 /// The projections, the rotation, the cache and attention in f64, for one sequence. `x`: `[positions, HIDDEN]`; answers `[positions, heads * head_dim]`.
 pub(super) fn attend(model: &Model, x: &[f32], kv: KvType) -> Vec<f64> {
     let config = &model.config;
-    let project = |name: &str| linear(&f64s(x), &model.tensors[&format!("{name}.weight")]);
+    let vector = |name: &str| {
+        let vector = model.tensors.get(name)?;
+        let mut values = vec![0.0; vector.cols()];
+        vector.row_to_f32(0, &mut values);
+        Some(f64s(&values))
+    };
+    let project = |name: &str| {
+        let mut y = linear(&f64s(x), &model.tensors[&format!("{name}.weight")]);
+        if let Some(bias) = vector(&format!("{name}.bias")) {
+            y.iter_mut().zip(bias.iter().cycle()).for_each(|(y, b)| *y += b);
+        }
+        if let Some(norm) = vector(&format!("{name}_norm.weight")) {
+            for head in y.chunks_exact_mut(norm.len()) {
+                let mean = head.iter().map(|v| v * v).sum::<f64>() / norm.len() as f64;
+                let scale = 1.0 / (mean + f64::from(config.rms_norm_eps)).sqrt();
+                head.iter_mut().zip(&norm).for_each(|(v, w)| *v *= scale * w);
+            }
+        }
+        y
+    };
     let stored = |values: Vec<f64>| match kv {
         KvType::F32 => values,
         KvType::F16 => values.into_iter().map(|v| f16::from_f64(v).to_f64()).collect::<Vec<_>>(),
@@ -187,6 +222,46 @@ fn ranks_with_uneven_heads_share_the_head_at_their_border() {
         let batch = model.batch(1, rows(0, 0..30), vec![Seq { pages: vec![6], first_page: 0 }], KvType::F32);
         let expected = by_rank(&model, &attend(&model, &x, KvType::F32));
         assert_close(&guarded(&mut place, &batch, &x), &expected, 3e-5, &device.to_string());
+    }
+}
+
+#[test]
+fn biases_are_added_and_heads_normed_before_they_are_rotated() {
+    let (biases, norms) = (["q.bias", "k.bias", "v.bias"], ["q_norm.weight", "k_norm.weight"]);
+    let every = [&biases[..], &norms[..]].concat();
+    for (optional, head_dim, n_heads, n_kv_heads, borders) in [
+        (&biases[..], 12, 6, 2, &[0, 4, 6][..]),
+        (&norms, 34, 3, 1, &[0, 1, 3]),
+        (&every, 8, 4, 2, &[0, 4]),
+        (&norms, 256, 2, 2, &[0, 2]),
+        (&["k.bias"], 8, 2, 1, &[0, 2]),
+    ] {
+        let model = model_with(head_dim, n_heads, n_kv_heads, borders, optional);
+        let x = Numbers::new(5).take(71 * HIDDEN);
+        let seq = Seq { pages: vec![6, 1], first_page: 0 };
+        for kv in [KvType::F32, KvType::F16] {
+            let expected = attend(&model, &x, kv);
+            let width = n_heads * head_dim;
+            let chunks = [0..67, 67..68, 68..71];
+            let check = |found: &[f32], chunk: &std::ops::Range<u32>, what: &str| {
+                let expected = by_rank(&model, &expected[chunk.start as usize * width..chunk.end as usize * width]);
+                assert_close(found, &expected, tolerance(kv), &format!("{what}: {optional:?} {kv:?} heads of {head_dim}, {chunk:?}"));
+            };
+            let input = |chunk: &std::ops::Range<u32>| &x[chunk.start as usize * HIDDEN..chunk.end as usize * HIDDEN];
+            let batch = |i: usize| model.batch(i as u64 + 1, rows(0, chunks[i].clone()), vec![seq.clone()], kv);
+            let mut cpu = model.on_cpu();
+            for (i, chunk) in chunks.iter().enumerate() {
+                check(&run(&mut cpu, &batch(i), input(chunk)), chunk, "CPU");
+            }
+            for device in gpus() {
+                for tuning in tunings(&device) {
+                    let mut place = model.place(&device, tuning, ROOM);
+                    for (i, chunk) in chunks.iter().enumerate() {
+                        check(&guarded(&mut place, &batch(i), input(chunk)), chunk, &format!("{device} {tuning:?}"));
+                    }
+                }
+            }
+        }
     }
 }
 

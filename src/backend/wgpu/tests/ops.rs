@@ -5,6 +5,7 @@ use crate::backend::{Place, Room};
 use crate::device::Device;
 use crate::kernels::matrix::{DType, Matrix};
 use crate::kernels::quant::QuantFormat;
+use crate::kernels::samples;
 use crate::partition::{Dim, RankPartition};
 use crate::plan::{ColumnParallel, RowParallel};
 
@@ -89,6 +90,59 @@ fn linear_multiplies_by_quantised_weights_for_one_row_and_many() {
     for device in gpus() {
         for format in QuantFormat::ENCODABLE {
             check_linear(&device, DType::Bf16, Some(format), 67, 35);
+        }
+    }
+}
+
+#[test]
+fn linear_multiplies_by_weights_that_are_stored_quantised() {
+    for device in gpus() {
+        let tunings = tunings(&device);
+        for (format, &tuning) in QuantFormat::ALL.into_iter().zip(tunings.iter().cycle()) {
+            let (hidden, channels) = (2 * format.block(), 35);
+            let weight = samples::blocks(format, channels, hidden, 5);
+            let model = Model::new(hidden, 2, 1, 1, channels).tensor("up", weight.clone()).plan(|mut r| {
+                let x = r.input();
+                let y = r.linear(x, "up", Dim::Channels, ColumnParallel);
+                r.all_gather(y)
+            });
+            let mut place = model.place(&device, tuning, ROOM);
+            for rows in [1, 3, 70] {
+                let x = Numbers::new(3).take(rows * hidden);
+                let found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
+                assert_close(&found, &linear(&f64s(&x), &weight), 2e-5, &format!("{device} {tuning:?} {format:?} {rows} rows"));
+            }
+        }
+    }
+}
+
+#[test]
+fn ranks_sum_what_they_have_of_stored_blocks_wherever_they_are_cut() {
+    let (hidden, channels) = (64, 512);
+    let cuts: [&[usize]; 3] = [&[0, 70, 300, 512], &[0, 288, 512], &[0, 0, 32, 511, 512]];
+    for device in gpus() {
+        let formats = [QuantFormat::Q4_1, QuantFormat::Q5_0, QuantFormat::Q4K, QuantFormat::Q5K, QuantFormat::Q6K];
+        // The last is not quantised, beside one that is.
+        for (format, cut) in formats.map(Some).into_iter().chain([None]).zip(cuts.into_iter().cycle()) {
+            let mut numbers = Numbers::new(7);
+            let up = samples::blocks(QuantFormat::Q8_0, channels, hidden, 3);
+            let dense = matrix(DType::F16, hidden, channels, &numbers.take(hidden * channels));
+            let down = format.map_or(dense, |format| samples::blocks(format, hidden, channels, 4));
+            let mut model = Model::new(hidden, 2, 1, 1, channels).tensor("up", up.clone()).tensor("down", down.clone()).plan(|mut r| {
+                let x = r.input();
+                let h = r.linear(x, "up", Dim::Channels, ColumnParallel);
+                let y = r.linear(h, "down", Dim::Hidden, RowParallel);
+                r.pass(y)
+            });
+            let whole = model.partition.ranks[0].clone();
+            model.partition.ranks = cut.windows(2).map(|c| RankPartition { channels: c[0]..c[1], ..whole.clone() }).collect();
+            let mut place = model.on(&device, ROOM).unwrap();
+            for rows in [1, 20] {
+                let x = numbers.take(rows * hidden);
+                let expected = linear(&linear(&f64s(&x), &up), &down);
+                let found = guarded(&mut place, &model.rows(rows as u64, rows), &x);
+                assert_close(&found, &expected, 1e-4, &format!("{device} {format:?} cut at {cut:?}, {rows} rows"));
+            }
         }
     }
 }

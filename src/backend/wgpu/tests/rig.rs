@@ -141,6 +141,11 @@ pub(super) struct Model {
 }
 
 impl Model {
+    /// Whether any matrix is packed.
+    fn packs(&self) -> bool {
+        self.quantised.is_some() || self.tensors.values().any(|matrix| matrix.dtype().quantised().is_some())
+    }
+
     /// One layer on one rank, without weights.
     pub(super) fn new(hidden: usize, head_dim: usize, n_heads: usize, n_kv_heads: usize, channels: usize) -> Self {
         let config = Config {
@@ -153,9 +158,12 @@ impl Model {
             head_dim,
             rms_norm_eps: 1e-5,
             rope_theta: 10_000.0,
+            rope_scaling: None,
             max_position_embeddings: 4096,
             sliding_window: None,
             tie_word_embeddings: false,
+            qkv_bias: false,
+            qk_norm: false,
         };
         let whole = RankPartition { heads: 0..n_heads, kv_heads: 0..n_kv_heads, channels: 0..channels, vocab: 0..50 };
         let partition = StagePartition { layers: 0..1, ranks: vec![whole] };
@@ -187,7 +195,7 @@ impl Model {
             config: &self.config,
             partition: &self.partition,
             tensor: &tensor,
-            packing: self.quantised.map(|format| Packing { format, cache: None, progress: &|_| {} }),
+            packing: self.packs().then_some(Packing { format: self.quantised, cache: None, progress: &|_| {} }),
         })
     }
 

@@ -29,6 +29,8 @@ fn tunings() -> [Tuning; 2] {
 fn kernels() -> Vec<Kernel> {
     let mut all = vec![
         Kernel::RmsNorm,
+        Kernel::Heads(KvType::F32),
+        Kernel::Heads(KvType::F16),
         Kernel::Attend(KvType::F32),
         Kernel::Attend(KvType::F16),
         Kernel::AttendMerge,
@@ -43,7 +45,7 @@ fn kernels() -> Vec<Kernel> {
                 all.push(Kernel::Linear(format, finish, Few { tiles, rows, slices }));
             }
             all.push(Kernel::LinearTile(format, finish, TILE));
-            if let Format::Packed(_) = format {
+            if format.int8_source().is_some() {
                 all.push(Kernel::LinearInt8(format, finish, TILE));
             }
         }
@@ -156,7 +158,7 @@ fn the_shape_is_the_same_struct_in_both_languages() {
     let TypeInner::Struct { members, span } = &shape.inner else { panic!("Shape is {:?}", shape.inner) };
     let found: Vec<_> = members.iter().map(|m| (m.name.clone().unwrap(), m.offset)).collect();
     let expected = fields!(Shape: rows_of width width4 stride blocks out first_out accumulate heads half_head kv_heads first_head
-        first_kv_head group window lead eps scale unused0 unused1);
+        first_kv_head group window lead eps scale phase unused);
     assert_eq!(found, expected);
     assert_eq!(*span as usize, size_of::<Shape>());
 }
@@ -187,6 +189,7 @@ fn kernels_are_written_for_compilers() {
     let Linear { one, few, many, .. } = hardware.linear;
     let mut kernels = vec![
         Kernel::RmsNorm,
+        Kernel::Heads(KvType::F16),
         Kernel::Attend(KvType::F16),
         Kernel::Attend(KvType::F32),
         Kernel::AttendMerge,
@@ -204,7 +207,7 @@ fn kernels_are_written_for_compilers() {
         kernels.push(Kernel::Linear(format, Finish::Store, few));
         if let Some((_, tile)) = many {
             kernels.push(Kernel::LinearTile(format, Finish::Store, tile));
-            if let Format::Packed(_) = format {
+            if format.int8_source().is_some() {
                 kernels.push(Kernel::LinearInt8(format, Finish::Store, tile));
             }
         }
