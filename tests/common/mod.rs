@@ -2,6 +2,7 @@
 #![allow(dead_code)] // every test binary compiles this and uses a part
 
 pub mod fixture;
+pub mod gguf;
 pub mod reference;
 
 use std::collections::{BTreeMap, HashMap};

@@ -36,3 +36,24 @@ pub(super) fn gguf_name(name: &str) -> Option<String> {
         None => Some(format!("{}.weight", of(&ENDS, part)?)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tensors_have_the_names_of_converted_checkpoints() {
+        let names = [
+            ("model.embed_tokens.weight", Some(EMBEDDING)),
+            ("lm_head.weight", Some(HEAD)),
+            ("model.layers.12.self_attn.o_proj.weight", Some("blk.12.attn_output.weight")),
+            ("model.layers.0.post_attention_layernorm.weight", Some("blk.0.ffn_norm.weight")),
+            ("model.layers.0.self_attn.q_norm.weight", None),
+            ("model.layers.0.self_attn.q_proj.bias", None),
+            ("model.rotary.weight", None),
+        ];
+        for (theirs, ours) in names {
+            assert_eq!(gguf_name(theirs).as_deref(), ours, "{theirs}");
+        }
+    }
+}

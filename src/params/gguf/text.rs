@@ -93,3 +93,29 @@ fn token(metadata: &Metadata, key: &str) -> Result<Option<u32>> {
     let Some(id) = metadata.integer(key)? else { return Ok(None) };
     u32::try_from(id).map(Some).map_err(|_| metadata.wrong(key, "a token is needed"))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::params::gguf::GgufModel;
+
+    #[test]
+    fn a_vocabulary_is_what_another_writer_wrote() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gguf/q4_k_m.gguf");
+        let model = GgufModel::open(&path).unwrap();
+        let vocabulary = model.metadata().vocabulary().unwrap();
+        assert_eq!((vocabulary.kind.as_str(), vocabulary.pre.as_deref()), ("llama", Some("default")));
+        assert_eq!(vocabulary.tokens.len(), 32);
+        assert_eq!((vocabulary.tokens[3].as_str(), vocabulary.tokens[31].as_str()), ("<|im_end|>", "\u{2581}w31\u{e9}"));
+        assert_eq!((vocabulary.scores.len(), vocabulary.scores[31]), (32, -31.0));
+        assert_eq!(vocabulary.types[..6], [2, 3, 3, 3, 1, 1]);
+        assert_eq!((vocabulary.bos, vocabulary.eos, vocabulary.unk), (Some(1), Some(2), Some(0)));
+        assert_eq!((vocabulary.add_bos, vocabulary.add_eos, vocabulary.add_space_prefix), (Some(true), None, Some(false)));
+        assert!(vocabulary.merges.is_empty());
+        assert_eq!(model.metadata().chat_template().unwrap(), Some("{{ messages[0]['content'] }}"));
+        // "<|end|>" is no control token there.
+        assert_eq!(model.generation.eos_token_id, [2, 3]);
+    }
+}
