@@ -98,7 +98,6 @@ fn token(metadata: &Metadata, key: &str) -> Result<Option<u32>> {
 mod tests {
     use std::path::Path;
 
-    use super::*;
     use crate::params::gguf::GgufModel;
 
     #[test]
