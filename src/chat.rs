@@ -39,9 +39,9 @@ impl ChatMessage {
 /// Encode the text with [`Tokenizer::encode_continuation`](crate::Tokenizer::encode_continuation): templates write their own special
 /// tokens, and what they write is taken as such. So is what a message spells: whoever writes `<|im_end|>` into a message ends it there.
 ///
-/// A template is a program from a stranger. It reaches no file and no network, and its source, its time (five seconds at most, and far less work
-/// than that), its values and its text (16 MiB) are bounded. What would go around that is refused by name when the template is read: `include` and
-/// its like, recursive loops, products other than of a text in quotes, and expressions of more than 1000 tokens.
+/// A template is a program from a stranger. It reaches no file and no network; its source (256 KiB), its steps, its values and its text (16 MiB) are
+/// bounded, and its clock runs out after five seconds, at the next round, method or name. What would go around that is refused by name when the
+/// template is read: `include` and its like, recursive loops, products other than of a text in quotes, and tags of more than 1000 tokens.
 ///
 /// ```
 /// use torchless::{ChatMessage, ChatTemplate};

@@ -39,13 +39,13 @@ pub struct Args {
 }
 
 pub fn run(args: &Args) -> Outcome {
+    // What can be wrong of an answer's options is told now, and not when the first line has been typed.
     let seed = args.sampling.seed()?;
-    // An answer's options are checked now, and not when the first line has been typed.
     let params = Parameters::load(args.grid.model.path()?)?;
     let template = params.chat_template()?;
     let tokenizer = params.tokenizer()?;
     let system = args.system.clone().filter(|text| !text.is_empty());
-    // So is whether the template knows a system message.
+    // So is whether the template takes a system message.
     template.render(&messages(system.as_deref(), &[ChatMessage::user("Hello!")]), true)?;
 
     let positions = args.grid.context.map_or(CONTEXT, std::num::NonZeroUsize::get);
