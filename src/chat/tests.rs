@@ -48,7 +48,7 @@ fn a_fault_is_told_with_its_line() {
         ("{{ ) }}", "never opened"),
         ("{% sing %}", "unknown statement sing (line 1)"),
         ("\n{{ raise_exception('roles must alternate') }}", "roles must alternate (line 2)"),
-        ("{{ missing.thing }}", "undefined value (line 1)"),
+        ("{{ missing.thing }}", "`missing` is undefined (line 1)"),
         ("{{ 'a'|shout }}", "shout is unknown (line 1)"),
         ("{{ 'a'.shout() }}", "no method named shout (line 1)"),
         ("{{ 1 // 0 }}", "(line 1)"),
@@ -182,7 +182,7 @@ fn long_conversations_are_rendered_and_endless_ones_refused() {
     let text = "a".repeat(15 << 20);
     assert!(template.render(&[ChatMessage::user(&text)], true).is_ok_and(|found| found == text));
     let error = template.render(&[ChatMessage::user(text.repeat(2))], true).unwrap_err().to_string();
-    assert!(error.contains("31457280 bytes; at most 16777216"), "{error}");
+    assert!(error.contains("31457284 bytes; at most 16777216"), "{error}");
     let twice = ChatTemplate::new("{{ messages[0].content }}{{ messages[0].content }}", "", "").unwrap();
     let error = twice.render(&[ChatMessage::user(text)], true).unwrap_err().to_string();
     assert!(error.contains("its text has more than 16777216 bytes"), "{error}");

@@ -1,6 +1,7 @@
 //! The command: a thin face over the library. Each verb is a file of its own.
 
 mod bench;
+mod chat;
 mod devices;
 mod files;
 mod generate;
@@ -10,6 +11,7 @@ mod model;
 mod output;
 mod perplexity;
 mod plan;
+mod sampling;
 mod timeline;
 mod tokenize;
 mod tune;
@@ -37,6 +39,8 @@ enum Verb {
     Plan(plan::Args),
     /// Continue a text
     Generate(generate::Args),
+    /// Talk with a model
+    Chat(chat::Args),
     /// Write the logits of every position of a sequence to a file
     Logits(logits::Args),
     /// Measure how well a model foretells a text
@@ -111,6 +115,7 @@ fn run() -> Outcome {
         Verb::Devices(args) => devices::run(&args),
         Verb::Plan(args) => plan::run(&args),
         Verb::Generate(args) => generate::run(&args),
+        Verb::Chat(args) => chat::run(&args),
         Verb::Logits(args) => logits::run(&args),
         Verb::Perplexity(args) => perplexity::run(&args),
         Verb::Tokenize(args) => tokenize::run(&args),
@@ -129,7 +134,7 @@ fn explain(error: &clap::Error) -> Outcome {
     let sentence = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim).collect::<Vec<_>>().join(" ");
     let sentence = sentence
         .strip_prefix("error: ")
-        .unwrap_or("which verb? devices, plan, generate, logits, perplexity, tokenize, bench, tune or timeline");
+        .unwrap_or("which verb? devices, plan, generate, chat, logits, perplexity, tokenize, bench, tune or timeline");
     Err(Failure::Usage(format!("{sentence}; see torchless --help")))
 }
 
