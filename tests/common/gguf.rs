@@ -88,6 +88,23 @@ impl Gguf {
         file.set("llama.vocab_size", needed("vocab_size"));
         file.set("tokenizer.ggml.bos_token_id", Item::U32(1));
         file.set("tokenizer.ggml.eos_token_id", Item::U32(2));
+        let scaling = &config["rope_scaling"];
+        let factor = |key: &str| scaling[key].as_f64().unwrap();
+        match scaling["rope_type"].as_str() {
+            None => {}
+            Some("linear") => {
+                file.set("llama.rope.scaling.type", text("linear"));
+                file.set("llama.rope.scaling.factor", Item::F32(factor("factor") as f32));
+            }
+            Some("llama3") => {
+                let theta = config["rope_theta"].as_f64().unwrap();
+                let divisor = |i| llama3_divisor(theta.powf(-2.0 * f64::from(i) / f64::from(head_dim)), factor) as f32;
+                let data = (0..head_dim / 2).flat_map(|i| divisor(i).to_le_bytes()).collect();
+                let dims = vec![u64::from(head_dim / 2)];
+                file.tensors.push(Tensor { name: b"rope_freqs.weight".to_vec(), dims, kind: 0, offset: None, data });
+            }
+            Some(other) => panic!("{other}"),
+        }
         let mut paths: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         paths.sort();
         for path in paths {
@@ -170,6 +187,14 @@ impl Gguf {
         }
         out
     }
+}
+
+/// What Llama 3.1 divides a frequency by.
+fn llama3_divisor(frequency: f64, of: impl Fn(&str) -> f64) -> f64 {
+    let turns = of("original_max_position_embeddings") * frequency / std::f64::consts::TAU;
+    let (low, high) = (of("low_freq_factor"), of("high_freq_factor"));
+    let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+    1.0 / (kept + (1.0 - kept) / of("factor"))
 }
 
 fn string(out: &mut Vec<u8>, bytes: &[u8]) {

@@ -171,8 +171,10 @@ fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
     };
     let divisors = match parts.find(FREQUENCY_FACTORS) {
         Some(file) => {
-            let mut divisors = vec![0.0; head_dim / 2];
-            file.matrix(FREQUENCY_FACTORS, &[head_dim / 2])?.row_to_f32(0, &mut divisors);
+            // First that they are there: the metadata may claim heads of any length.
+            let stored = file.matrix(FREQUENCY_FACTORS, &[head_dim / 2])?;
+            let mut divisors = vec![0.0; stored.cols()];
+            stored.row_to_f32(0, &mut divisors);
             Some(RopeScaling::Divisors(divisors))
         }
         None => None,
