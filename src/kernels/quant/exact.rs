@@ -51,7 +51,8 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
         }
         return;
     }
-    let mut decoded = vec![[[0.0; TILE]; CHUNK * BLOCK]; TILES];
+    let empty = || Decoded { columns: [[0.0; TILE]; CHUNK * BLOCK], d: [[0.0; TILE]; CHUNK], added: [[0.0; TILE]; CHUNK] };
+    let mut decoded: Vec<Decoded> = (0..TILES).map(|_| empty()).collect();
     let mut panel = [[0.0; BLOCK]; CHUNK * WIDEST];
     // A row of totals an activation row, and some that zero rows of the panel add to.
     let stride = xs.len().min(PASS) + WIDEST;
@@ -69,9 +70,9 @@ pub(super) fn packed_rows_on(isa: Isa, w: &Packed, rows: Range<usize>, xs: &[&[f
                 while done < xs.len() {
                     let (width, product) = kernels.product(xs.len() - done);
                     fill_panel(&mut panel, width, &xs[done..xs.len().min(done + width)], w.lead(), blocks.clone());
-                    for (t, tile) in tiles.clone().enumerate() {
+                    for (t, decoded) in decoded[..tiles.len()].iter().enumerate() {
                         let totals = &mut totals[t * stride + done..][..width];
-                        unsafe { product(&w.tile_at(tile), blocks.clone(), &decoded[t], &panel, totals) };
+                        unsafe { product(blocks.len(), decoded, &panel, totals) };
                     }
                     done += width;
                 }
@@ -104,15 +105,19 @@ fn fill_panel(panel: &mut Panel, width: usize, xs: &[&[f32]], lead: usize, block
 }
 
 type Panel = [[f32; BLOCK]; CHUNK * WIDEST];
-/// Columns of a tile.
-type Decoded = [[f32; TILE]; CHUNK * BLOCK];
+/// Columns of a tile in f32, what the sums of each block are multiplied by, and what the sums of its activations are.
+struct Decoded {
+    columns: [[f32; TILE]; CHUNK * BLOCK],
+    d: [[f32; TILE]; CHUNK],
+    added: [[f32; TILE]; CHUNK],
+}
 
 /// The totals of a tile with one activation row, of as many columns as the blocks have.
 type Single = unsafe fn(&TileAt<'_>, Levels, &[f32]) -> [f32; TILE];
 /// Decodes up to CHUNK blocks.
 type Decode = unsafe fn(&TileAt<'_>, Range<usize>, Levels, &mut Decoded);
-/// Adds to totals what the blocks contribute.
-type Product = unsafe fn(&TileAt<'_>, Range<usize>, &Decoded, &Panel, &mut [[f32; TILE]]);
+/// Adds to totals what so many decoded blocks contribute.
+type Product = unsafe fn(usize, &Decoded, &Panel, &mut [[f32; TILE]]);
 
 /// The kernels of a format and an instruction set.
 struct Kernels {
@@ -149,7 +154,12 @@ macro_rules! kernels {
             use super::*;
 
             pub(super) fn kernels<F: Form>() -> Kernels {
-                Kernels { single: single::<F>, decode: decode::<F>, products: const { &[$(($width, product::<F, $width> as Product)),+] } }
+                let products: &[(usize, Product)] = if adds(F::SCALING) {
+                    const { &[$(($width, product::<true, $width> as Product)),+] }
+                } else {
+                    const { &[$(($width, product::<false, $width> as Product)),+] }
+                };
+                Kernels { single: single::<F>, decode: decode::<F>, products }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn single<F: Form>(tile: &TileAt<'_>, levels: Levels, x: &[f32]) -> [f32; TILE] {
@@ -160,14 +170,8 @@ macro_rules! kernels {
                 unsafe { super::decode::<$lanes, F>(tile, blocks, levels, out) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn product<F: Form, const C: usize>(
-                tile: &TileAt<'_>,
-                blocks: Range<usize>,
-                w: &Decoded,
-                x: &Panel,
-                totals: &mut [[f32; TILE]],
-            ) {
-                unsafe { super::product::<$lanes, F, C>(tile, blocks, w, x, totals) }
+            unsafe fn product<const ADDS: bool, const C: usize>(blocks: usize, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
+                unsafe { super::product::<$lanes, ADDS, C>(blocks, w, x, totals) }
             }
         }
     };
@@ -228,9 +232,12 @@ unsafe fn decode<V: Vectors, F: Form>(tile: &TileAt<'_>, blocks: Range<usize>, l
     assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks);
     unsafe {
         let book = book::<V>(levels);
-        for (b, out) in blocks.zip(out.chunks_exact_mut(BLOCK)) {
+        for (at, b) in blocks.enumerate() {
             tile.prefetch::<V, F>(b);
             let (quants, scales) = (tile.quants::<F>(b), scales::<V, F>(tile, b));
+            scales.d.store(out.d[at].as_mut_ptr());
+            scales.added.store(out.added[at].as_mut_ptr());
+            let out = &mut out.columns[at * BLOCK..(at + 1) * BLOCK];
             for g in 0..8 {
                 let w = columns::<V, F>(quants, book, levels.offset, &scales, g);
                 for j in 0..4 {
@@ -242,33 +249,27 @@ unsafe fn decode<V: Vectors, F: Form>(tile: &TileAt<'_>, blocks: Range<usize>, l
 }
 
 #[inline(always)]
-unsafe fn product<V: Vectors, F: Form, const C: usize>(
-    tile: &TileAt<'_>,
-    blocks: Range<usize>,
-    w: &Decoded,
-    x: &Panel,
-    totals: &mut [[f32; TILE]],
-) {
-    assert!(blocks.len() <= CHUNK && blocks.end <= tile.blocks && totals.len() == C && C <= WIDEST);
+unsafe fn product<V: Vectors, const ADDS: bool, const C: usize>(blocks: usize, w: &Decoded, x: &Panel, totals: &mut [[f32; TILE]]) {
+    assert!(blocks <= CHUNK && totals.len() == C && C <= WIDEST);
     unsafe {
-        for (at, b) in blocks.enumerate() {
-            let (w, rows) = (w.as_ptr().add(at * BLOCK), &x[at * C..(at + 1) * C]);
+        for at in 0..blocks {
+            let (columns, rows) = (w.columns.as_ptr().add(at * BLOCK), &x[at * C..(at + 1) * C]);
             let x = rows.as_ptr();
             let mut s = [[V::zero(); C]; 4];
             for (j, s) in s.iter_mut().enumerate() {
                 for k in (j..BLOCK).step_by(4) {
-                    let w = V::load_f32(w.add(k).cast());
+                    let w = V::load_f32(columns.add(k).cast());
                     for (i, s) in s.iter_mut().enumerate() {
                         *s = s.fma(w, V::splat(*x.add(i).cast::<f32>().add(k)));
                     }
                 }
             }
-            let scales = scales::<V, F>(tile, b);
+            let (d, added) = (V::load_f32(w.d[at].as_ptr()), V::load_f32(w.added[at].as_ptr()));
             for i in 0..C {
                 let to = totals[i].as_mut_ptr();
-                let mut total = V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), scales.d);
-                if adds(F::SCALING) {
-                    total = total.fma(scales.added, V::splat(sum_of(&rows[i])));
+                let mut total = V::load_f32(to).fma(sum([s[0][i], s[1][i], s[2][i], s[3][i]]), d);
+                if ADDS {
+                    total = total.fma(added, V::splat(sum_of(&rows[i])));
                 }
                 total.store(to);
             }

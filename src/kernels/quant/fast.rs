@@ -8,7 +8,7 @@
 use std::ops::Range;
 
 use super::Isa;
-use super::form::{Form, Levels, adds, by_form, quants, scales};
+use super::form::{Form, Levels, Plain4, Plain8, adds, by_form, quants, scales};
 use super::format::{BLOCK, QuantFormat, Scaling};
 use super::int8::{GROUP, Int8Rows, Measure};
 use super::packed::{Packed, TILE};
@@ -19,11 +19,15 @@ use super::vectors::Vectors;
 const PASS: usize = 384 << 10;
 
 /// A tile and a group of activation rows that it meets.
+#[derive(Clone, Copy)]
 struct Job<'a> {
     tile: TileAt<'a>,
     levels: Levels,
     values: &'a [[i8; BLOCK]],
     measures: &'a [Measure],
+    /// Rows of the group in storage, and the first of those that are taken.
+    width: usize,
+    first: usize,
     /// The tile is not in a cache yet.
     fetch: bool,
 }
@@ -53,10 +57,13 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
             let tile = w.tile_at(first / TILE);
             for group in first_group..groups.min(first_group + pass) {
                 let (count, width, values, measures) = x.group(group);
-                let job = Job { tile, levels: w.format().levels(), values, measures, fetch: group == first_group };
-                let kernel = by_form!(w.format(), F => kernel_of::<F>(isa, width));
-                // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
-                unsafe { kernel(&job, &mut totals) };
+                let job = Job { tile, levels: w.format().levels(), values, measures, width, first: 0, fetch: group == first_group };
+                let (at_once, kernel) = kernel_of(w.format(), isa, width);
+                for first in (0..count).step_by(at_once) {
+                    let job = Job { first, fetch: job.fetch && first == 0, ..job };
+                    // SAFETY: the CPU has what `isa` names; the slices have the lengths that the shapes say.
+                    unsafe { kernel(&job, &mut totals) };
+                }
                 for (i, totals) in totals[..count].iter().enumerate() {
                     put(first, group * GROUP + i, &totals[..TILE.min(rows.end - first)]);
                 }
@@ -65,7 +72,18 @@ pub(super) fn packed_rows_int8_on(isa: Isa, w: &Packed, rows: Range<usize>, x: &
     }
 }
 
-fn kernel_of<F: Form>(isa: Isa, width: usize) -> Kernel {
+/// The kernel for groups of a width, and how many of their rows it takes at once. Every pair of both is compiled by itself: those of formats that
+/// weights are quantised to have one for each width, the others, and CPUs without vectors, one for all that are not single.
+fn kernel_of(format: QuantFormat, isa: Isa, width: usize) -> (usize, Kernel) {
+    match format {
+        QuantFormat::Q8_0 if isa != Isa::Portable => (width, for_width::<Plain8>(isa, width)),
+        QuantFormat::Q4_0 | QuantFormat::Iq4Nl if isa != Isa::Portable => (width, for_width::<Plain4>(isa, width)),
+        _ if width < 4 => (1, by_form!(format, F => any_kernel::<F, 1>(isa))),
+        _ => (4, by_form!(format, F => any_kernel::<F, 4>(isa))),
+    }
+}
+
+fn for_width<F: Form>(isa: Isa, width: usize) -> Kernel {
     match width {
         1 => kernel::<F, 1>(isa),
         2 => kernel::<F, 2>(isa),
@@ -76,6 +94,10 @@ fn kernel_of<F: Form>(isa: Isa, width: usize) -> Kernel {
     }
 }
 
+fn any_kernel<F: Form, const C: usize>(isa: Isa) -> Kernel {
+    if isa == Isa::Portable { dots::<[f32; 16], F, C> } else { kernel::<F, C>(isa) }
+}
+
 fn kernel<F: Form, const C: usize>(isa: Isa) -> Kernel {
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -84,7 +106,7 @@ fn kernel<F: Form, const C: usize>(isa: Isa) -> Kernel {
         Isa::Avx512 | Isa::Avx2 => avx2::<F, C>,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => neon::<F, C>,
-        Isa::Portable => dots::<[f32; 16], F, C>,
+        Isa::Portable => unreachable!("it has one kernel for many widths"),
     }
 }
 
@@ -109,8 +131,10 @@ unsafe fn neon<F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]
 /// The dot products of the rows of a tile with C activation rows.
 #[inline(always)]
 unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut [[f32; TILE]; GROUP]) {
-    let Job { tile, levels, values, measures, fetch } = job;
-    assert!(values.len() == tile.blocks * C && measures.len() == tile.blocks * C);
+    let &Job { tile, levels, values, measures, width, first: of_group, fetch } = job;
+    // A constant, where all rows of a group are taken at once.
+    let width = if C == 1 || C == 4 { width } else { C };
+    assert!(values.len() == tile.blocks * width && measures.len() == tile.blocks * width && of_group + C <= width);
     let (x, measures) = (values.as_ptr(), measures.as_ptr());
     unsafe {
         let (book, offset) = (V::levels(&levels.book), levels.offset);
@@ -118,14 +142,14 @@ unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut 
         for b in 0..tile.blocks {
             let p = tile.quants::<F>(b);
             let w: [V::Quants; 8] = std::array::from_fn(|g| quants::<V, F>(p, book, offset, g));
-            let scales = scales::<V, F>(tile, b);
-            if *fetch {
+            let scales = scales::<V, F>(&tile, b);
+            if fetch {
                 tile.prefetch::<V, F>(b);
             }
             // Four rows at once hide the instructions' latency.
             for first in (0..C).step_by(4) {
                 let few = if C < 4 { C } else { 4 };
-                let at = b * C + first;
+                let at = b * width + of_group + first;
                 let mut dots = [V::zero(); 4];
                 if F::SCALING == Scaling::Halves {
                     for half in 0..2 {
@@ -149,7 +173,7 @@ unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut 
                 }
             }
         }
-        for (total, out) in total.iter().zip(totals) {
+        for (total, out) in total.iter().zip(&mut totals[of_group..]) {
             total.store(out.as_mut_ptr());
         }
     }
