@@ -164,7 +164,7 @@ fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
     let kind = metadata.text(&key("scaling.type"))?;
     let linear = match (kind.unwrap_or("linear"), factor) {
         ("none", _) | ("linear", None | Some(0.0 | 1.0)) => None,
-        ("linear", Some(factor)) => Some(RopeScaling::Linear { factor: factor as f32 }),
+        ("linear", Some(factor)) => Some(RopeScaling::Linear { factor }),
         (other, _) => {
             return Err(Error::Unsupported { what: "llama.rope.scaling.type", found: other.into(), supported: "\"none\" and \"linear\"" });
         }
