@@ -46,9 +46,12 @@ row() { # TARGET LOG: a row of the table in fuzz/README.md
 
 if [ -n "$keep" ]; then
   for target in "$@"; do
-    least=$(mktemp -d)
+    least=$(mktemp -d) now=$(mktemp -d)
     mkdir -p "$work/$target"
-    nice -n 19 "fuzz/target/$host/release/$target" "${limits[@]}" -set_cover_merge=1 -use_counters=0 "$least" "fuzz/corpus/$target" "$work/$target" >"$work/$target.merge.log" 2>&1
+    # Of a copy: a run that goes on takes away what it finds smaller inputs for, some of it while this copies.
+    cp -r "$work/$target/." "$now" 2>/dev/null || true
+    nice -n 19 "fuzz/target/$host/release/$target" "${limits[@]}" -set_cover_merge=1 -use_counters=0 "$least" "fuzz/corpus/$target" "$now" >"$work/$target.merge.log" 2>&1
+    rm -r "$now"
     rm -r "fuzz/corpus/$target"; mv "$least" "fuzz/corpus/$target"; chmod 755 "fuzz/corpus/$target"
     echo "$target: $(find "fuzz/corpus/$target" -type f | wc -l) inputs, $(du -sb "fuzz/corpus/$target" | cut -f 1) bytes"
   done
