@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::gguf::{Gguf, Item, gguf_name, text, texts};
 use common::{Spec, fixture, write_checkpoint};
 use safetensors::SafeTensors;
-use torchless::{DType, Device, Error, InferenceState, Matrix, ParallelConfig, Parameters, TensorParallelMistral};
+use torchless::{DType, Device, Error, InferenceState, Matrix, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral};
 
 const FILE: &str = "model.gguf";
 
@@ -146,27 +146,53 @@ fn files_of_the_fixtures_give_their_logits_and_greedy_texts_on_every_kind_of_gri
     report(complaints);
 }
 
-#[test]
-fn models_of_every_format_give_the_logits_of_numpy() {
+/// Every model of the fixtures on a grid.
+fn check_models(grid: &str, config: &ParallelConfig, devices: &[Device], tolerance: f32) -> Vec<Option<String>> {
     let expected = fs::read(models().join("expected.safetensors")).unwrap();
     let expected = SafeTensors::deserialize(&expected).unwrap();
-    let mut complaints = Vec::new();
     let all = ["f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q8_0", "q4_k", "q5_k", "q6_k", "q4_k_m"];
-    for name in all {
+    let check = |name: &str| {
         let file = if name == "q8_0" { "q8_0-00001-of-00003".into() } else { name.to_owned() };
         let params = Parameters::load(models().join(format!("{file}.gguf"))).unwrap();
         let view = expected.tensor(&format!("{name}.input_ids")).unwrap();
         let ids: Vec<u32> = view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect();
         let logits = floats(&expected, &format!("{name}.logits"));
-        for (grid, config, devices) in grids() {
-            let model = TensorParallelMistral::load_grid(params.clone(), config, vec![Device::cpu(); devices]).unwrap();
-            let mut state = InferenceState::new(model.config());
-            let found = model.prefill_logits(&mut state, &ids).unwrap();
-            let gap = fixture::gap(&found, &logits);
-            complaints.push((gap > 1e-4).then(|| format!("{name} on {grid}: logits differ by {gap:e}")));
-        }
+        let model = TensorParallelMistral::load_grid(params, config.clone(), devices.to_vec()).unwrap();
+        let mut state = InferenceState::new(model.config());
+        let found = model.prefill_logits(&mut state, &ids).unwrap();
+        let gap = fixture::gap(&found, &logits);
+        (gap > tolerance).then(|| format!("{name} on {grid}: logits differ by {gap:e}"))
+    };
+    all.map(check).into()
+}
+
+#[test]
+fn models_of_every_format_give_the_logits_of_numpy() {
+    report(grids().into_iter().flat_map(|(grid, config, devices)| check_models(grid, &config, &vec![Device::cpu(); devices], 1e-4)));
+}
+
+#[cfg(feature = "gpu")]
+#[test]
+fn models_of_every_format_give_the_logits_of_numpy_on_gpus_and_beside_them() {
+    let plain = ParallelConfig::default();
+    let mut complaints = Vec::new();
+    for gpu in common::gpus() {
+        complaints.extend(check_models(&gpu.to_string(), &plain, &[gpu.clone()], 1e-3));
+        complaints.extend(check_models(&format!("{gpu}, the CPU and {gpu}"), &plain, &[gpu.clone(), Device::cpu(), gpu.clone()], 1e-3));
     }
     report(complaints);
+}
+
+#[test]
+fn quantised_weights_are_not_quantised_again_and_formats_without_an_encoder_are_refused() {
+    let params = Parameters::load(models().join("q4_k_m.gguf")).unwrap();
+    let load = |params: &Parameters, format| {
+        let mut config = ParallelConfig::default();
+        config.weights = Some(format);
+        TensorParallelMistral::load(params.clone(), config).err().expect("it is refused").to_string()
+    };
+    assert!(load(&params, QuantFormat::Q4_0).contains("quantised already"));
+    assert!(load(&fixture::load("tied"), QuantFormat::Q4K).contains("q8_0, q4_0 or iq4_nl"));
 }
 
 fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 use common::fixture;
 use serde::Deserialize;
-use torchless::{Device, InferenceState, ParallelConfig, Parameters, TensorParallelMistral};
+use torchless::{ChatMessage, Device, InferenceState, ParallelConfig, Parameters, TensorParallelMistral};
 
 /// Of the logits, whose standard deviation is 3.4.
 const TOLERANCE: f32 = 2e-3;
@@ -39,12 +39,12 @@ fn model(test: &str) -> Option<Parameters> {
     None
 }
 
-/// One grid: the top logits of every prompt, and its answer token for token.
-fn check(params: &Parameters, devices: Vec<Device>, config: &ParallelConfig) {
+/// One grid: the top logits of these prompts, and their answers token for token.
+fn check(params: &Parameters, devices: Vec<Device>, config: &ParallelConfig, cases: &[Case]) {
     let what = format!("{:?} stages of {:?}", config.stages.unwrap_or(1), devices.iter().map(Device::to_string).collect::<Vec<_>>());
     let config = config.clone().kv_positions(256);
     let model = TensorParallelMistral::load_grid(params.clone(), config, devices).unwrap_or_else(|e| panic!("{what}: {e}"));
-    for case in cases() {
+    for case in cases {
         let mut state = InferenceState::new(model.config());
         model.prefill(&mut state, &case.input_ids).unwrap();
         let logits = state.logits();
@@ -69,36 +69,40 @@ fn check(params: &Parameters, devices: Vec<Device>, config: &ParallelConfig) {
 #[test]
 fn every_number_of_ranks_and_stages_of_the_cpu_answers_as_transformers_does() {
     let Some(params) = model("every_number_of_ranks_and_stages_of_the_cpu_answers_as_transformers_does") else { return };
+    let cases = cases();
     for ranks in [1, 2, 3, 4, 9] {
-        check(&params, vec![Device::cpu(); ranks], &ParallelConfig::default());
+        check(&params, vec![Device::cpu(); ranks], &ParallelConfig::default(), &cases);
     }
     for stages in [2, 3] {
-        check(&params, vec![Device::cpu(); stages], &ParallelConfig::default().stages(stages));
+        check(&params, vec![Device::cpu(); stages], &ParallelConfig::default().stages(stages), &cases);
     }
-    check(&params, vec![Device::cpu().isolated(); 6], &ParallelConfig::default().stages(2));
-    check(&params, vec![Device::cpu().isolated(); 2], &ParallelConfig::default().with_shares(vec![3.0, 1.0]));
+    check(&params, vec![Device::cpu().isolated(); 6], &ParallelConfig::default().stages(2), &cases);
+    check(&params, vec![Device::cpu().isolated(); 2], &ParallelConfig::default().with_shares(vec![3.0, 1.0]), &cases);
 }
 
 #[cfg(feature = "gpu")]
 #[test]
 fn gpus_alone_and_together_with_the_cpu_answer_as_transformers_does() {
     let Some(params) = model("gpus_alone_and_together_with_the_cpu_answer_as_transformers_does") else { return };
-    let gpus = common::gpus();
-    for gpu in &gpus {
-        check(&params, vec![gpu.clone()], &ParallelConfig::default());
+    let (gpus, cases, plain) = (common::gpus(), cases(), ParallelConfig::default());
+    // Software adapters take a while for a token: the prompts take turns.
+    for (i, gpu) in gpus.iter().enumerate() {
+        check(&params, vec![gpu.clone()], &plain, &cases[i % 2..=i % 2]);
     }
-    let Some(first) = gpus.first() else { return };
-    check(&params, vec![first.clone(); 9], &ParallelConfig::default());
-    check(&params, vec![first.clone(), Device::cpu(), first.clone(), Device::cpu()], &ParallelConfig::default().stages(2));
+    let Some(last) = gpus.last() else { return };
+    check(&params, vec![last.clone(); 9], &plain, &cases[..1]);
+    check(&params, vec![last.clone(), Device::cpu(), last.clone(), Device::cpu()], &plain.clone().stages(2), &cases[1..]);
     let all: Vec<Device> = gpus.iter().cloned().chain([Device::cpu()]).collect();
-    check(&params, all, &ParallelConfig::default());
+    check(&params, all, &plain, &cases[..1]);
 }
 
 #[test]
 fn its_own_tokenizer_and_template_make_the_prompts_tokens() {
     let Some(params) = model("its_own_tokenizer_and_template_make_the_prompts_tokens") else { return };
-    let tokenizer = params.tokenizer().unwrap();
+    let (tokenizer, template) = (params.tokenizer().unwrap(), params.chat_template().unwrap());
     for case in cases() {
-        assert_eq!(tokenizer.encode(&case.text).unwrap(), case.input_ids, "{:?}", case.prompt);
+        let text = template.render(&[ChatMessage::user(case.prompt.as_str())], true).unwrap();
+        assert_eq!(text, case.text, "{:?}", case.prompt);
+        assert_eq!(tokenizer.encode(&text).unwrap(), case.input_ids, "{:?}", case.prompt);
     }
 }
