@@ -177,7 +177,7 @@ fn models_of_every_format_give_the_logits_of_numpy_on_gpus_and_beside_them() {
     let plain = ParallelConfig::default();
     let mut complaints = Vec::new();
     for gpu in common::gpus() {
-        complaints.extend(check_models(&gpu.to_string(), &plain, &[gpu.clone()], 1e-3));
+        complaints.extend(check_models(&gpu.to_string(), &plain, std::slice::from_ref(&gpu), 1e-3));
         complaints.extend(check_models(&format!("{gpu}, the CPU and {gpu}"), &plain, &[gpu.clone(), Device::cpu(), gpu.clone()], 1e-3));
     }
     report(complaints);

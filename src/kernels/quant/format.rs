@@ -152,6 +152,7 @@ impl QuantFormat {
     }
 
     /// Words of a row's 4-bit or 8-bit values in a block of a tile, and of their further bits.
+    #[cfg(feature = "gpu")]
     pub(crate) fn tile_words(self) -> (usize, usize) {
         if self.bits() == 8 { (BLOCK / 4, 0) } else { (BLOCK / 8, self.bits() - 4) }
     }

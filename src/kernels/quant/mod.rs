@@ -18,6 +18,8 @@ mod stored;
 #[cfg(test)]
 mod tests;
 mod tile;
+#[cfg(any(feature = "gpu", test))]
+mod unpack;
 mod vectors;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -29,8 +31,10 @@ use crate::kernels::linear;
 
 pub(crate) use exact::packed_rows;
 pub(crate) use fast::packed_rows_int8;
+pub(crate) use format::BLOCK;
 pub use format::QuantFormat;
-pub(crate) use format::{BLOCK, SUPER};
+#[cfg(feature = "gpu")]
+pub(crate) use format::SUPER;
 pub(crate) use int8::Int8Rows;
 pub(crate) use packed::{Packed, TILE};
 pub(crate) use stored::row_to_f32;
