@@ -100,7 +100,7 @@ impl Parameters {
     ///
     /// A directory has `config.json`, `model.safetensors` or its shards, and `generation_config.json` if it is there. A GGUF model is named by
     /// its file, by any part of a split set, or by a directory that holds it and no other model; it must be of architecture `llama`,
-    /// which is Mistral's too, and its tensors get the names and the order that they have in Hugging Face checkpoints.
+    /// which is Mistral's too, `qwen2` or `qwen3`, and its tensors get the names and the order that they have in Hugging Face checkpoints.
     ///
     /// Every tensor that the model needs is checked before this returns, and none is read: the files are mapped.
     /// While any clone lives, the files must not be changed: reading a mapped file that was cut short ends the process (SIGBUS).

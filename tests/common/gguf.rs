@@ -70,22 +70,27 @@ impl Gguf {
         let heads = size("num_attention_heads").unwrap();
         let head_dim = size("head_dim").unwrap_or_else(|| size("hidden_size").unwrap() / heads);
         let mut file = Self::default();
-        file.set("general.architecture", text("llama"));
-        file.set("llama.block_count", needed("num_hidden_layers"));
-        file.set("llama.context_length", needed("max_position_embeddings"));
-        file.set("llama.embedding_length", needed("hidden_size"));
-        file.set("llama.feed_forward_length", needed("intermediate_size"));
-        file.set("llama.attention.head_count", Item::U32(heads));
-        file.set("llama.attention.head_count_kv", needed("num_key_value_heads"));
-        file.set("llama.attention.key_length", Item::U32(head_dim));
-        file.set("llama.attention.value_length", Item::U32(head_dim));
-        file.set("llama.rope.dimension_count", Item::U32(head_dim));
-        file.set("llama.rope.freq_base", number("rope_theta").unwrap());
-        file.set("llama.attention.layer_norm_rms_epsilon", number("rms_norm_eps").unwrap());
+        let architecture = match config["model_type"].as_str() {
+            Some(qwen @ ("qwen2" | "qwen3")) => qwen,
+            _ => "llama",
+        };
+        file.set("general.architecture", text(architecture));
+        let key = |name: &str| format!("{architecture}.{name}");
+        file.set(&key("block_count"), needed("num_hidden_layers"));
+        file.set(&key("context_length"), needed("max_position_embeddings"));
+        file.set(&key("embedding_length"), needed("hidden_size"));
+        file.set(&key("feed_forward_length"), needed("intermediate_size"));
+        file.set(&key("attention.head_count"), Item::U32(heads));
+        file.set(&key("attention.head_count_kv"), needed("num_key_value_heads"));
+        file.set(&key("attention.key_length"), Item::U32(head_dim));
+        file.set(&key("attention.value_length"), Item::U32(head_dim));
+        file.set(&key("rope.dimension_count"), Item::U32(head_dim));
+        file.set(&key("rope.freq_base"), number("rope_theta").unwrap());
+        file.set(&key("attention.layer_norm_rms_epsilon"), number("rms_norm_eps").unwrap());
         if let Some(window) = size("sliding_window") {
-            file.set("llama.attention.sliding_window", Item::U32(window));
+            file.set(&key("attention.sliding_window"), Item::U32(window));
         }
-        file.set("llama.vocab_size", needed("vocab_size"));
+        file.set(&key("vocab_size"), needed("vocab_size"));
         file.set("tokenizer.ggml.bos_token_id", Item::U32(1));
         file.set("tokenizer.ggml.eos_token_id", Item::U32(2));
         let scaling = &config["rope_scaling"];
@@ -110,13 +115,14 @@ impl Gguf {
         for path in paths {
             let name = path.file_name().unwrap().to_str().unwrap();
             if name.starts_with("model") && name.ends_with(".safetensors") {
-                file.add_tensors(&fs::read(&path).unwrap(), head_dim as usize);
+                file.add_tensors(&fs::read(&path).unwrap(), (architecture == "llama").then_some(head_dim as usize));
             }
         }
         file
     }
 
-    fn add_tensors(&mut self, safetensors: &[u8], head_dim: usize) {
+    /// `head_dim`: where rotary pairs become neighbours.
+    fn add_tensors(&mut self, safetensors: &[u8], head_dim: Option<usize>) {
         let mut tensors = SafeTensors::deserialize(safetensors).unwrap().tensors();
         // They come in any order.
         tensors.sort_by(|a, b| a.0.cmp(&b.0));
@@ -128,10 +134,9 @@ impl Gguf {
                 other => panic!("{other:?}"),
             };
             let bytes = view.data().len() / view.shape()[0];
-            let data = if name.contains("q_proj") || name.contains("k_proj") {
-                neighbour_pairs(view.data(), bytes, head_dim)
-            } else {
-                view.data().to_vec()
+            let data = match head_dim.filter(|_| name.contains("q_proj") || name.contains("k_proj")) {
+                Some(head_dim) => neighbour_pairs(view.data(), bytes, head_dim),
+                None => view.data().to_vec(),
             };
             let dims = view.shape().iter().rev().map(|n| *n as u64).collect();
             self.tensors.push(Tensor { name: gguf_name(&name).into(), dims, kind, offset: None, data });

@@ -1,12 +1,49 @@
 //! The model's numbers from the metadata of a GGUF file.
 
+use super::metadata::Metadata;
 use super::names::{EMBEDDING, HEAD};
 use super::parts::Parts;
 use crate::config::{Config, RopeScaling};
 use crate::error::{Error, Result};
 
-/// Llama's and Mistral's architecture, as converters call both.
-const ARCHITECTURE: &str = "llama";
+/// The decoders that are read, as converters call them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Architecture {
+    /// Mistral's too.
+    Llama,
+    Qwen2,
+    Qwen3,
+}
+
+impl Architecture {
+    fn read(metadata: &Metadata) -> Result<Self> {
+        match metadata.required_text("general.architecture")? {
+            "llama" => Ok(Self::Llama),
+            "qwen2" => Ok(Self::Qwen2),
+            "qwen3" => Ok(Self::Qwen3),
+            other => Err(Error::Unsupported {
+                what: "general.architecture",
+                found: other.into(),
+                supported: "\"llama\", which Mistral's is too, \"qwen2\" and \"qwen3\"",
+            }),
+        }
+    }
+
+    /// The key of what the file says of this architecture.
+    fn key(self, name: &str) -> String {
+        let prefix = match self {
+            Self::Llama => "llama",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        };
+        format!("{prefix}.{name}")
+    }
+
+    /// Whether the rows of Q and K have the elements of a rotary pair as neighbours.
+    pub(super) fn pairs_neighbours(self) -> bool {
+        self == Self::Llama
+    }
+}
 
 /// Factors that divide each rotary frequency, as Llama 3.1 and later have them.
 const FREQUENCY_FACTORS: &str = "rope_freqs.weight";
@@ -24,22 +61,13 @@ const REFUSED: [(&str, &str); 9] = [
     ("residual_scale", "a residual stream without scale"),
 ];
 
-/// Reads and checks the sizes of a model of architecture `llama`, by llama.cpp's defaults.
-pub(super) fn read(parts: &Parts) -> Result<Config> {
+/// Reads and checks the sizes of a model, by llama.cpp's defaults.
+pub(super) fn read(parts: &Parts) -> Result<(Architecture, Config)> {
     let metadata = parts.metadata();
     let path = metadata.path();
-    match metadata.required_text("general.architecture")? {
-        ARCHITECTURE => {}
-        other => {
-            return Err(Error::Unsupported {
-                what: "general.architecture",
-                found: other.into(),
-                supported: "\"llama\", which Mistral's is too",
-            });
-        }
-    }
-    let key = |name: &str| format!("{ARCHITECTURE}.{name}");
-    refuse_unsupported(parts)?;
+    let architecture = Architecture::read(metadata)?;
+    let key = |name: &str| architecture.key(name);
+    refuse_unsupported(metadata, architecture)?;
 
     let hidden_size = metadata.required_size(&key("embedding_length"))?;
     let heads = key("attention.head_count");
@@ -51,9 +79,9 @@ pub(super) fn read(parts: &Parts) -> Result<Config> {
     }
     let channels = key("feed_forward_length");
     let intermediate_size = metadata.repeated_size(&channels)?.ok_or_else(|| metadata.wrong(&channels, "it has no default"))?;
-    let head_dim = head_dim(parts, hidden_size, n_heads)?;
+    let head_dim = head_dim(metadata, architecture, hidden_size, n_heads)?;
     let config = Config {
-        vocab_size: vocab_size(parts)?,
+        vocab_size: vocab_size(parts, architecture)?,
         hidden_size,
         intermediate_size,
         n_layers: metadata.required_size(&key("block_count"))?,
@@ -62,23 +90,22 @@ pub(super) fn read(parts: &Parts) -> Result<Config> {
         head_dim,
         rms_norm_eps: metadata.required_positive(&key("attention.layer_norm_rms_epsilon"))?,
         rope_theta: metadata.positive(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-        rope_scaling: rope_scaling(parts, head_dim)?,
+        rope_scaling: rope_scaling(parts, architecture, head_dim)?,
         max_position_embeddings: metadata.required_size(&key("context_length"))?,
         sliding_window: sliding_window(parts, &key("attention.sliding_window"))?,
         tie_word_embeddings: parts.find(HEAD).is_none(),
-        qkv_bias: false,
-        qk_norm: false,
+        qkv_bias: architecture == Architecture::Qwen2,
+        qk_norm: architecture == Architecture::Qwen3,
     };
     config.check_bytes(path)?;
-    Ok(config)
+    Ok((architecture, config))
 }
 
 /// The length of a head, by whichever keys are there; all of them must say the same.
-fn head_dim(parts: &Parts, hidden_size: usize, n_heads: usize) -> Result<usize> {
-    let metadata = parts.metadata();
+fn head_dim(metadata: &Metadata, architecture: Architecture, hidden_size: usize, n_heads: usize) -> Result<usize> {
     let [key_length, value_length, rotary, heads] =
         ["attention.key_length", "attention.value_length", "rope.dimension_count", "attention.head_count"]
-            .map(|name| format!("{ARCHITECTURE}.{name}"));
+            .map(|name| architecture.key(name));
     let head_dim = match metadata.size(&key_length)? {
         Some(head_dim) => head_dim,
         None if hidden_size.is_multiple_of(n_heads) => hidden_size / n_heads,
@@ -100,7 +127,7 @@ fn head_dim(parts: &Parts, hidden_size: usize, n_heads: usize) -> Result<usize> 
 }
 
 /// Rows of the embedding; as many tokens as the vocabulary has, if there is one.
-fn vocab_size(parts: &Parts) -> Result<usize> {
+fn vocab_size(parts: &Parts, architecture: Architecture) -> Result<usize> {
     let metadata = parts.metadata();
     let shape = parts
         .find(EMBEDDING)
@@ -110,7 +137,7 @@ fn vocab_size(parts: &Parts) -> Result<usize> {
     let (key, tokens) = match metadata.texts_len(TOKENS)? {
         Some(tokens) => (TOKENS.to_owned(), Some(tokens)),
         None => {
-            let key = format!("{ARCHITECTURE}.vocab_size");
+            let key = architecture.key("vocab_size");
             let size = metadata.size(&key)?;
             (key, size)
         }
@@ -136,15 +163,14 @@ fn sliding_window(parts: &Parts, key: &str) -> Result<Option<usize>> {
 }
 
 /// What would change the result and isn't computed here.
-fn refuse_unsupported(parts: &Parts) -> Result<()> {
-    let metadata = parts.metadata();
+fn refuse_unsupported(metadata: &Metadata, architecture: Architecture) -> Result<()> {
     for (name, supported) in REFUSED {
-        let key = format!("{ARCHITECTURE}.{name}");
+        let key = architecture.key(name);
         if !metadata.is_nothing(&key) {
             return Err(metadata.unsupported(&key, supported));
         }
     }
-    let layout = format!("{ARCHITECTURE}.tensor_data_layout");
+    let layout = architecture.key("tensor_data_layout");
     // Older converters wrote what all of them do.
     if metadata.text(&layout)?.is_some_and(|layout| layout != "Meta AI original pth") {
         return Err(metadata.unsupported(&layout, "\"Meta AI original pth\""));
@@ -153,9 +179,9 @@ fn refuse_unsupported(parts: &Parts) -> Result<()> {
 }
 
 /// How the frequencies of the base are scaled: by one factor, or by a divisor each.
-fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
+fn rope_scaling(parts: &Parts, architecture: Architecture, head_dim: usize) -> Result<Option<RopeScaling>> {
     let metadata = parts.metadata();
-    let key = |name: &str| format!("{ARCHITECTURE}.rope.{name}");
+    let key = |name: &str| architecture.key(&format!("rope.{name}"));
     let factor = match metadata.number(&key("scaling.factor"))? {
         None => metadata.number(&key("scale_linear"))?,
         factor => factor,
@@ -166,7 +192,7 @@ fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
         ("none", _) | ("linear", None | Some(0.0 | 1.0)) => None,
         ("linear", Some(factor)) => Some(RopeScaling::Linear { factor }),
         (other, _) => {
-            return Err(Error::Unsupported { what: "llama.rope.scaling.type", found: other.into(), supported: "\"none\" and \"linear\"" });
+            return Err(Error::Unsupported { what: "rope.scaling.type", found: other.into(), supported: "\"none\" and \"linear\"" });
         }
     };
     let divisors = match parts.find(FREQUENCY_FACTORS) {

@@ -1,7 +1,7 @@
 //! GGUF files: what llama.cpp and what builds on it keep models in, quantised or not.
 //!
-//! A model of architecture `llama` is read as the Hugging Face checkpoint that it was made from: tensors get the names that they have
-//! there, and the rows of Q and K their order. Files are not trusted: every length is held against what follows before it is used.
+//! A model is read as the Hugging Face checkpoint that it was made from: tensors get the names that they have there, and the rows of
+//! Llama's Q and K their order. Files are not trusted: every length is held against what follows before it is used.
 
 mod bytes;
 mod config;
@@ -21,12 +21,14 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::kernels::matrix::Matrix;
 use crate::tokenizer::Vocabulary;
+use config::Architecture;
 pub(crate) use metadata::Metadata;
 use parts::Parts;
 
 /// A GGUF model whose sizes are known.
 pub(super) struct GgufModel {
     parts: Parts,
+    architecture: Architecture,
     pub config: Config,
     pub generation: super::GenerationConfig,
 }
@@ -54,25 +56,27 @@ impl GgufModel {
     /// Opens the model of which `path` is the file, or a part.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let parts = Parts::open(path)?;
-        let config = config::read(&parts)?;
+        let (architecture, config) = config::read(&parts)?;
         let generation = text::generation(parts.metadata(), config.vocab_size)?;
-        Ok(Self { parts, config, generation })
+        Ok(Self { parts, architecture, config, generation })
     }
 
     /// Every tensor of the model, by its name in Hugging Face checkpoints.
     pub(super) fn tensors(&self) -> Result<HashMap<String, Matrix>> {
-        let mut tensors = HashMap::new();
+        let (mut tensors, optional) = (HashMap::new(), self.config.optional_weights());
         // One by one: the metadata may claim any number of layers, and the first that is missing must end this.
         for (name, shape) in tensors_of(&self.config) {
             let theirs = names::gguf_name(&name).ok_or_else(|| Error::tensor(&name, "has no name in GGUF files"))?;
             let missing = || Error::tensor(&theirs, format!("is missing from {}", self.metadata().path().display()));
             let file = self.parts.find(&theirs).ok_or_else(missing)?;
             let bias = theirs.replace(".weight", ".bias");
-            if self.parts.find(&bias).is_some() {
-                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases" });
+            let known = || optional.iter().any(|(other, _)| name.replace(".weight", ".bias").ends_with(other));
+            if self.parts.find(&bias).is_some() && !known() {
+                return Err(Error::Unsupported { what: "tensor", found: bias, supported: "layers without biases, but for Qwen 2's" });
             }
             let matrix = file.matrix(&theirs, &shape)?;
-            let matrix = if names::has_rotary_rows(&name) { matrix.with_neighbour_pairs(self.config.head_dim) } else { matrix };
+            let paired = self.architecture.pairs_neighbours() && names::has_rotary_rows(&name);
+            let matrix = if paired { matrix.with_neighbour_pairs(self.config.head_dim) } else { matrix };
             tensors.insert(name, matrix);
         }
         Ok(tensors)

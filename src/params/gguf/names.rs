@@ -1,14 +1,16 @@
 //! The names of tensors in GGUF files.
 
-/// A tensor's name in Hugging Face checkpoints and in GGUF files, without `.weight`.
+/// A tensor's name in Hugging Face checkpoints and in GGUF files, without `.weight` or `.bias`.
 const ENDS: [(&str, &str); 3] = [("model.embed_tokens", "token_embd"), ("model.norm", "output_norm"), ("lm_head", "output")];
 
 /// The same within a layer.
-const LAYER: [(&str, &str); 9] = [
+const LAYER: [(&str, &str); 11] = [
     ("input_layernorm", "attn_norm"),
     ("self_attn.q_proj", "attn_q"),
     ("self_attn.k_proj", "attn_k"),
     ("self_attn.v_proj", "attn_v"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
     ("self_attn.o_proj", "attn_output"),
     ("post_attention_layernorm", "ffn_norm"),
     ("mlp.gate_proj", "ffn_gate"),
@@ -26,14 +28,14 @@ pub(super) fn has_rotary_rows(name: &str) -> bool {
 
 /// What GGUF files call the tensor that transformers' `MistralForCausalLM` names so.
 pub(super) fn gguf_name(name: &str) -> Option<String> {
-    let part = name.strip_suffix(".weight")?;
+    let (part, kind) = name.rsplit_once('.')?;
     let of = |table: &[(&str, &'static str)], part: &str| table.iter().find(|(theirs, _)| *theirs == part).map(|(_, ours)| *ours);
     match part.strip_prefix("model.layers.") {
         Some(rest) => {
             let (layer, part) = rest.split_once('.')?;
-            Some(format!("blk.{layer}.{}.weight", of(&LAYER, part)?))
+            Some(format!("blk.{layer}.{}.{kind}", of(&LAYER, part)?))
         }
-        None => Some(format!("{}.weight", of(&ENDS, part)?)),
+        None => Some(format!("{}.{kind}", of(&ENDS, part)?)),
     }
 }
 
