@@ -5,9 +5,10 @@ mod common;
 use std::fs::{self, File};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use common::gguf::{Gguf, Item, gguf_name, text, texts};
+use common::gguf::{Gguf, Item, Tensor, gguf_name, text, texts};
 use common::{Spec, fixture, write_checkpoint};
 use safetensors::SafeTensors;
 use torchless::{DType, Device, Error, InferenceState, Matrix, ParallelConfig, Parameters, QuantFormat, TensorParallelMistral};
@@ -176,6 +177,52 @@ fn models_of_every_format_give_the_logits_of_numpy_on_gpus_and_beside_them() {
         complaints.extend(check_models(&format!("{gpu}, the CPU and {gpu}"), &plain, &[gpu.clone(), Device::cpu(), gpu.clone()], 1e-3));
     }
     report(complaints);
+}
+
+#[test]
+fn tensors_that_a_plain_layer_does_not_have_are_refused_by_name() {
+    let with = |name: &str| {
+        let mut file = sound();
+        let tensor = Tensor { name: name.into(), ..file.tensor("blk.0.attn_norm.weight").clone() };
+        file.tensors.push(tensor);
+        load(&file).map(|_| ()).map_err(|e| e.to_string())
+    };
+    for name in ["blk.0.attn_q.scale", "blk.0.attn_q_norm.weight", "blk.0.ffn_gate_inp.weight", "per_layer.weight", "blk.0.ffn_up.bias"] {
+        let error = with(name).expect_err(name);
+        assert!(error.contains(name) && error.contains("is not supported"), "{error}");
+    }
+    // A layer behind the last predicts further tokens.
+    assert_eq!(with("blk.1.nextn.eh_proj.weight"), Ok(()));
+}
+
+#[test]
+fn more_keys_or_tensors_than_any_model_has_are_refused_before_they_are_read() {
+    let (mut keys, mut tensors) = (sound(), sound());
+    keys.keys.extend((0..70_000).map(|i| (format!("k{i}").into_bytes(), Item::Bool(true))));
+    tensors.tensors.extend((0..70_000).map(|i| Tensor {
+        name: format!("t{i}").into(),
+        dims: vec![0],
+        kind: 0,
+        offset: None,
+        data: vec![],
+    }));
+    for (file, word) in [(keys, "metadata keys; 65536"), (tensors, "tensors; 65536")] {
+        let error = load(&file).err().expect("refused").to_string();
+        assert!(error.contains(word), "{error}");
+    }
+}
+
+#[test]
+fn progress_is_told_to_the_last_byte_of_blocks_that_ranks_cut() {
+    let heard = Mutex::new((0, 0));
+    let tell = |done: u64, all| {
+        let mut heard = heard.lock().unwrap();
+        *heard = (done.max(heard.0), all);
+    };
+    let params = Parameters::load(models().join("q4_k_m.gguf")).unwrap();
+    TensorParallelMistral::load_grid_with_progress(params, ParallelConfig::default(), vec![Device::cpu(); 3], tell).unwrap();
+    let (done, all) = heard.into_inner().unwrap();
+    assert!(done <= all && done as f64 > 0.95 * all as f64, "{done} of {all}: only the norms are left out");
 }
 
 #[test]
@@ -440,7 +487,7 @@ fn values_that_make_no_sense_are_refused_by_key() {
         ("llama.attention.key_length", Item::U32(8), vec!["value_length is 4", "8 elements"]),
         ("llama.attention.value_length", Item::U32(8), vec!["is 8", "4 elements"]),
         ("llama.rope.dimension_count", Item::U32(2), vec!["is 2", "all of them must rotate"]),
-        ("llama.rope.scaling.type", text("yarn"), vec!["rope.scaling.type", "yarn"]),
+        ("llama.rope.scaling.type", text("yarn"), vec!["yarn", "\"linear\""]),
         ("llama.rope.scaling.factor", Item::F32(-4.0), vec!["rotary scaling", "factor is -4"]),
         ("llama.rope.scale_linear", Item::F32(f32::NAN), vec!["rope.scale_linear is NaN", "finite"]),
         ("llama.expert_count", Item::U32(8), vec!["llama.expert_count = 8", "without experts"]),

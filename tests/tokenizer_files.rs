@@ -107,13 +107,14 @@ fn the_tool_tokenizes_with_a_sentencepiece_file() {
 }
 
 #[test]
-fn the_config_beside_it_says_what_goes_around_a_text_and_which_tokens_there_are_more() {
+fn the_config_beside_it_says_what_goes_in_front_of_a_text_and_which_tokens_there_are_more() {
     let config = json!({"add_bos_token": false, "add_eos_token": true, "legacy": true, "added_tokens_decoder": {
         "1": {"content": "<s>", "special": true, "lstrip": false},
         "32000": {"content": "<|im_start|>", "special": true}, "32001": {"content": "<think>", "special": false}}});
     let older = json!({"<|im_end|>": 32002, "<s>": 1});
     let tokenizer = tokenizer(&mistral_v1(), &[("tokenizer_config.json", config), ("added_tokens.json", older)]).unwrap();
-    assert_eq!(tokenizer.encode("a").unwrap(), [264, 2]);
+    // What would end it is not put behind a text that is to go on.
+    assert_eq!(tokenizer.encode("a").unwrap(), [264]);
     let ids = tokenizer.encode_continuation("<|im_start|>a<think>b<|im_end|>").unwrap();
     assert_eq!((ids[0], ids[1], ids[2], ids.last()), (32_000, 264, 32_001, Some(&32_002)));
     assert_eq!(tokenizer.decode(&ids).unwrap(), "a<think> b");

@@ -44,7 +44,7 @@ pub struct GridArgs {
     #[arg(long, value_name = "FORMAT", default_value = "stored", value_parser = weights)]
     pub weights: Weights,
 
-    /// Keep the quantised weights in files beside the checkpoint, and take them from there the next time
+    /// Keep quantised weights, as they are laid out to be multiplied, in files beside the checkpoint, and take them from there the next time
     #[arg(long)]
     pub cache_weights: bool,
 

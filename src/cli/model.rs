@@ -16,7 +16,7 @@ use super::{Failure, Outcome, note};
 /// Which model.
 #[derive(clap::Args)]
 pub struct ModelArg {
-    /// The model: its directory in the Hugging Face layout; or, where nothing lies at that path, org/name or org/name:file.gguf of the Hugging Face hub, which is fetched once
+    /// The model: its directory in the Hugging Face layout, or a GGUF file; or, where nothing lies at that path, org/name or org/name:file.gguf of the Hugging Face hub, which is fetched once
     #[arg(long, value_name = "MODEL")]
     model: PathBuf,
 

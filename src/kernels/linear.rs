@@ -223,7 +223,7 @@ unsafe fn tiles<L: Lanes, W: Element, const R: usize, const C: usize>(
             } else if block.end < n {
                 BLOCK * size_of::<W>()
             } else {
-                (GROUP * stride).wrapping_sub(start * size_of::<W>())
+                GROUP.wrapping_mul(stride).wrapping_sub(start * size_of::<W>())
             };
             for r in (first..first + together).step_by(R) {
                 let w: [&[W]; R] = std::array::from_fn(|i| &w[r + i][block.clone()]);

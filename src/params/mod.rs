@@ -114,6 +114,7 @@ impl Parameters {
         let path = path.as_ref();
         let checkpoint = match gguf::named_by(path)? {
             Some(file) => Checkpoint::in_gguf(path, &file)?,
+            None if path.is_file() => return Err(neither(path)),
             None => Checkpoint::in_directory(path)?,
         };
         Ok(Self(Arc::new(checkpoint)))
@@ -154,6 +155,7 @@ impl Parameters {
     pub fn load_tokenizer(path: impl AsRef<Path>) -> Result<Tokenizer> {
         match gguf::named_by(path.as_ref())? {
             Some(file) => Tokenizer::from_vocabulary(gguf::vocabulary(&file)?),
+            None if path.as_ref().is_file() => Err(neither(path.as_ref())),
             None => Tokenizer::from_dir(path),
         }
     }
@@ -161,17 +163,14 @@ impl Parameters {
     /// The model's chat template, read at every call: `chat_template.jinja`, or what `tokenizer_config.json` has, or a GGUF file's metadata.
     ///
     /// # Errors
-    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files; those of
-    /// [`Self::tokenizer`] for a GGUF file, whose vocabulary spells the tokens that a template names.
+    /// [`Error::ChatTemplate`] if there is none, and those of [`ChatTemplate::new`]; [`Error::Io`] and [`Error::Config`] for the files.
     pub fn chat_template(&self) -> Result<ChatTemplate> {
         let Some(metadata) = &self.0.metadata else { return chat::load(&self.0.path) };
         let Some(source) = metadata.chat_template()? else {
             let problem = format!("{} has none: no tokenizer.chat_template is among its metadata", self.0.path.display());
             return Err(Error::ChatTemplate(problem));
         };
-        let keys = metadata.vocabulary()?;
-        let spelt = |id: Option<u32>| id.and_then(|id| keys.tokens.get(id as usize)).map_or("", String::as_str);
-        ChatTemplate::new(source, spelt(keys.bos), spelt(keys.eos))
+        ChatTemplate::new(source, &metadata.bos()?, &metadata.eos()?)
     }
 
     /// The directory or file that was loaded.
@@ -240,6 +239,10 @@ impl Parameters {
     pub(crate) fn embedding(&self) -> Matrix {
         self.0.tensors[EMBEDDING].clone()
     }
+}
+
+fn neither(path: &Path) -> Error {
+    Error::config(path, "it is neither the directory of a model nor a GGUF file")
 }
 
 impl std::fmt::Debug for Parameters {

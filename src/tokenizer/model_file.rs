@@ -71,7 +71,6 @@ pub(super) fn read(dir: &Path) -> Result<Vocabulary> {
     let config: Config = beside(dir, "tokenizer_config.json")?.unwrap_or_default();
     let older: BTreeMap<String, u32> = beside(dir, "added_tokens.json")?.unwrap_or_default();
     vocabulary.add_bos = config.add_bos_token.or(vocabulary.add_bos);
-    vocabulary.add_eos = config.add_eos_token;
     let mut added = config.added_tokens_decoder;
     for (content, id) in older {
         added.entry(id).or_insert(Added { content, special: true });
@@ -134,7 +133,6 @@ pub(super) fn of_bytes(bytes: &[u8]) -> Result<Vocabulary> {
 #[derive(Default, Deserialize)]
 struct Config {
     add_bos_token: Option<bool>,
-    add_eos_token: Option<bool>,
     #[serde(default)]
     added_tokens_decoder: BTreeMap<u32, Added>,
 }

@@ -36,8 +36,6 @@ pub(crate) struct Vocabulary {
     pub unk: Option<u32>,
     /// Whether `bos` goes in front of a text. What is absent, here and below, is as llama.cpp has it.
     pub add_bos: Option<bool>,
-    /// Whether `eos` goes behind a text.
-    pub add_eos: Option<bool>,
     /// Whether a text begins with a space that it doesn't have. SentencePiece only.
     pub add_space_prefix: Option<bool>,
     /// Whether spaces at the ends, and all but one in the middle, are dropped. SentencePiece only.
@@ -80,9 +78,8 @@ impl Vocabulary {
             }
         };
         let Checked { vocabulary, types, .. } = checked;
-        let ends = vocabulary.ends(adds_bos)?;
-        if !ends.is_empty() {
-            tokenizer.with_post_processor(Some(template(&ends, &vocabulary.tokens)?));
+        if let Some(bos) = vocabulary.front(adds_bos)? {
+            tokenizer.with_post_processor(Some(template(bos, &vocabulary.tokens[bos as usize])?));
         }
         let added: Vec<AddedToken> = vocabulary.tokens.into_iter().zip(&types).filter_map(|(token, &kind)| added(token, kind)).collect();
         guarded(|| tokenizer.add_tokens(added))?;
@@ -144,20 +141,13 @@ impl Vocabulary {
         })
     }
 
-    /// What goes around a text: `None` stands for the text, and nothing at all is around it if this is empty.
-    fn ends(&self, adds_bos: bool) -> Result<Vec<Option<u32>>> {
-        let end = |wanted: bool, asked: bool, id: Option<u32>, name: &str| match id {
-            Some(id) => Ok(wanted.then_some(id)),
-            None if asked => refuse(format!("a {name} token is to be added to every text, and the vocabulary names none")),
+    /// What goes in front of a text. What would go behind it (`add_eos_token`) ends it, and ours go on.
+    fn front(&self, adds_bos: bool) -> Result<Option<u32>> {
+        match self.bos {
+            Some(id) => Ok(self.add_bos.unwrap_or(adds_bos).then_some(id)),
+            None if self.add_bos == Some(true) => refuse("a bos token is to be added to every text, and the vocabulary names none".into()),
             None => Ok(None),
-        };
-        let before = end(self.add_bos.unwrap_or(adds_bos), self.add_bos == Some(true), self.bos, "bos")?;
-        let behind = end(self.add_eos == Some(true), self.add_eos == Some(true), self.eos, "eos")?;
-        Ok(if before.or(behind).is_none() {
-            Vec::new()
-        } else {
-            before.map(Some).into_iter().chain([None]).chain(behind.map(Some)).collect()
-        })
+        }
     }
 }
 
@@ -184,16 +174,12 @@ fn added(token: String, kind: Type) -> Option<AddedToken> {
     Some(AddedToken::from(token, special).normalized(false))
 }
 
-fn template(ends: &[Option<u32>], tokens: &[String]) -> Result<TemplateProcessing> {
-    // The template's own names: a token's spelling may mean something else there.
-    let name = |id: u32| format!("t{id}");
-    let parts: Vec<String> = ends.iter().map(|end| end.map_or_else(|| "$A".into(), name)).collect();
-    let problem = |what: String| Error::Tokenizer(format!("nothing can be put around a text: {what}"));
-    let special = |id: u32| SpecialToken::new(name(id), vec![id], vec![tokens[id as usize].clone()]).map_err(|e| problem(e.to_string()));
-    let mut specials = ends.iter().flatten().map(|&id| special(id)).collect::<Result<Vec<_>>>()?;
-    specials.dedup();
-    let single = Template::try_from(parts).map_err(problem)?;
-    TemplateProcessing::builder().single(single).special_tokens(specials).build().map_err(|e| problem(e.to_string()))
+fn template(bos: u32, spelling: &str) -> Result<TemplateProcessing> {
+    let problem = |what: String| Error::Tokenizer(format!("nothing can be put in front of a text: {what}"));
+    // The template's own name: the token's spelling may mean something else there.
+    let special = SpecialToken::new("bos".into(), vec![bos], vec![spelling.to_owned()]).map_err(|e| problem(e.to_string()))?;
+    let single = Template::try_from(vec!["bos", "$A"]).map_err(problem)?;
+    TemplateProcessing::builder().single(single).special_tokens(vec![special]).build().map_err(|e| problem(e.to_string()))
 }
 
 /// As much of a token as fits a message.

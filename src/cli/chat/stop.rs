@@ -10,7 +10,9 @@ static IS_STOPPED: AtomicBool = AtomicBool::new(false);
 /// Takes ctrl-C over from the system.
 pub fn listen() -> Outcome {
     let on_signal = || match IS_ANSWERING.load(Relaxed) {
-        true => IS_STOPPED.store(true, Relaxed),
+        // An answer is left between two tokens; who can't wait for the first asks again.
+        true if IS_STOPPED.swap(true, Relaxed) => std::process::exit(130),
+        true => {}
         // As a shell reports a program that ctrl-C has ended.
         false => std::process::exit(130),
     };

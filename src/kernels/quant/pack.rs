@@ -62,7 +62,7 @@ impl Packed {
             // SAFETY: every tile is one task's.
             let out = unsafe { tiles.range(tile * shape.tile_bytes()..(tile + 1) * shape.tile_bytes()) };
             let rows = tile * TILE..shape.rows.min((tile + 1) * TILE);
-            let bytes = whole.dtype().bytes(rows.len() * shape.cols);
+            let bytes = rows.len() * whole.dtype().bytes(shape.cols);
             // SAFETY: the CPU has what `isa` names.
             unsafe {
                 match isa {

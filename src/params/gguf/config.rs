@@ -191,9 +191,7 @@ fn rope_scaling(parts: &Parts, architecture: Architecture, head_dim: usize) -> R
     let linear = match (kind.unwrap_or("linear"), factor) {
         ("none", _) | ("linear", None | Some(0.0 | 1.0)) => None,
         ("linear", Some(factor)) => Some(RopeScaling::Linear { factor }),
-        (other, _) => {
-            return Err(Error::Unsupported { what: "rope.scaling.type", found: other.into(), supported: "\"none\" and \"linear\"" });
-        }
+        _ => return Err(metadata.unsupported(&key("scaling.type"), "\"none\" and \"linear\"")),
     };
     let divisors = match parts.find(FREQUENCY_FACTORS) {
         Some(file) => {

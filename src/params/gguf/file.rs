@@ -21,6 +21,9 @@ const MAGIC: [u8; 4] = *b"GGUF";
 /// Least bytes of a tensor's description: the lengths of its name and shape, its type and offset.
 const LEAST_TENSOR: usize = 8 + 4 + 4 + 8;
 
+/// Most tensors: each takes more memory than it may take in the file.
+const TENSORS_LIMIT: u64 = 1 << 16;
+
 /// As the format says.
 const NAME_LIMIT: usize = 64;
 const DIMS_LIMIT: u32 = 4;
@@ -110,6 +113,11 @@ fn read_header(file: &[u8]) -> Result<(usize, Header), String> {
     let header = |e| format!("its header is cut short: {e}");
     let (tensor_count, key_count) = (bytes.u64().map_err(header)?, bytes.u64().map_err(header)?);
     bytes.count(tensor_count, LEAST_TENSOR, "tensors")?;
+    if tensor_count > TENSORS_LIMIT {
+        return Err(format!(
+            "it claims {tensor_count} tensors; {TENSORS_LIMIT} are read at most, and the largest models have some thousand"
+        ));
+    }
     let values = Entries::read(&mut bytes, key_count)?;
     let alignment = values.alignment()?;
     let mut tensors = BTreeMap::new();

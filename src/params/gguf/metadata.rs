@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 /// Most bytes of a key, as the format says.
 const KEY_LIMIT: usize = 65_535;
 
+/// Most keys: each takes more memory than it may take in the file.
+const ENTRIES_LIMIT: u64 = 1 << 16;
+
 /// Least bytes of a key and its value: two lengths of which one is of a type of 1 byte.
 const LEAST_ENTRY: usize = 8 + 4 + 1;
 
@@ -98,6 +101,11 @@ impl Entries {
     /// Reads so many keys and their values.
     pub(super) fn read(bytes: &mut Bytes, count: u64) -> Result<Self, String> {
         bytes.count(count, LEAST_ENTRY, "metadata keys")?;
+        if count > ENTRIES_LIMIT {
+            return Err(format!(
+                "it claims {count} metadata keys; {ENTRIES_LIMIT} are read at most, and files in use have fewer than a hundred"
+            ));
+        }
         let mut values = BTreeMap::new();
         for i in 0..count {
             let key = bytes.name(KEY_LIMIT).map_err(|e| format!("metadata key {i} of {count}: {e}"))?;

@@ -12,7 +12,7 @@ mod parts;
 mod text;
 mod types;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use super::mapped::MappedFile;
@@ -78,6 +78,15 @@ impl GgufModel {
             let paired = self.architecture.pairs_neighbours() && names::has_rotary_rows(&name);
             let matrix = if paired { matrix.with_neighbour_pairs(self.config.head_dim) } else { matrix };
             tensors.insert(name, matrix);
+        }
+        let taken: HashSet<String> = tensors.keys().filter_map(|name| names::gguf_name(name)).collect();
+        let unknown = |name: &&str| !taken.contains(*name) && !names::changes_nothing(name, self.config.n_layers);
+        if let Some(found) = self.parts.files().iter().flat_map(file::GgufFile::names).find(unknown) {
+            return Err(Error::Unsupported {
+                what: "tensor",
+                found: found.into(),
+                supported: "the tensors of plain layers, and computes without no other",
+            });
         }
         Ok(tensors)
     }

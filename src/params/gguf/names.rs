@@ -18,6 +18,13 @@ const LAYER: [(&str, &str); 11] = [
     ("mlp.down_proj", "ffn_down"),
 ];
 
+/// Whether a tensor has no part in what a model of so many layers computes: one of a further layer, which predicts tokens after the next,
+/// or one that is read in another place.
+pub(super) fn changes_nothing(name: &str, n_layers: usize) -> bool {
+    let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
+    layer.is_some_and(|layer| layer >= n_layers) || name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd")
+}
+
 pub(super) const EMBEDDING: &str = "token_embd.weight";
 pub(super) const HEAD: &str = "output.weight";
 

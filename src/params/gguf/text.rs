@@ -49,10 +49,25 @@ impl Metadata {
             eos: token(self, EOS)?,
             unk: token(self, "tokenizer.ggml.unknown_token_id")?,
             add_bos: flag("add_bos_token")?,
-            add_eos: flag("add_eos_token")?,
             add_space_prefix: flag("add_space_prefix")?,
             remove_extra_whitespaces: flag("remove_extra_whitespaces")?,
         })
+    }
+
+    /// The spelling of the token in front of a text; empty if there is none.
+    pub(crate) fn bos(&self) -> Result<String> {
+        self.spelling(BOS)
+    }
+
+    /// The spelling of the token that ends a text; empty if there is none.
+    pub(crate) fn eos(&self) -> Result<String> {
+        self.spelling(EOS)
+    }
+
+    fn spelling(&self, key: &str) -> Result<String> {
+        let (Some(id), Some(mut tokens)) = (token(self, key)?, self.raw_texts(TOKENS)?) else { return Ok(String::new()) };
+        let spelt = tokens.nth(id as usize).unwrap_or_default();
+        Ok(String::from_utf8_lossy(spelt).into_owned())
     }
 
     /// The Jinja template that a chat is written by.
@@ -111,7 +126,7 @@ mod tests {
         assert_eq!((vocabulary.scores.len(), vocabulary.scores[31]), (32, -31.0));
         assert_eq!(vocabulary.types[..6], [2, 3, 3, 3, 1, 1]);
         assert_eq!((vocabulary.bos, vocabulary.eos, vocabulary.unk), (Some(1), Some(2), Some(0)));
-        assert_eq!((vocabulary.add_bos, vocabulary.add_eos, vocabulary.add_space_prefix), (Some(true), None, Some(false)));
+        assert_eq!((vocabulary.add_bos, vocabulary.add_space_prefix), (Some(true), Some(false)));
         assert!(vocabulary.merges.is_empty());
         assert_eq!(model.metadata().chat_template().unwrap(), Some("{{ messages[0]['content'] }}"));
         // "<|end|>" is no control token there.
