@@ -17,6 +17,9 @@ use lines::{Line, Lines};
 /// Positions of a conversation unless `--context` or the model say otherwise.
 const CONTEXT: usize = 4096;
 
+/// Tokens of a prompt that are computed before anybody looks for ctrl-C.
+const PART: usize = 256;
+
 const HELP: &str = "every line is for the model; /reset begins anew, /system TEXT sets the system message, /exit or ctrl-D ends, ctrl-C \
                     stops an answer; //TEXT is a line that begins with /";
 
@@ -135,6 +138,17 @@ impl Chat<'_> {
         if prompt.is_empty() { Err(Error::EmptyPrompt) } else { Ok(prompt) }
     }
 
+    /// Computes tokens part by part, so that ctrl-C need not wait for all of a long prompt; whether it came to the end.
+    fn prefill(&self, state: &mut InferenceState, tokens: &[u32], answering: &stop::Answering) -> Outcome<bool> {
+        for part in tokens.chunks(PART) {
+            if answering.is_stopped() {
+                return Ok(false);
+            }
+            if self.fast { self.model.fast_prefill(state, part)? } else { self.model.prefill(state, part)? }
+        }
+        Ok(true)
+    }
+
     fn answer(&mut self, state: &mut InferenceState, prompt: &[u32]) -> Outcome {
         // All but the last at most: its logits are needed.
         let kept = prompt[..prompt.len() - 1].iter().zip(state.tokens()).take_while(|(a, b)| a == b).count();
@@ -145,7 +159,13 @@ impl Chat<'_> {
         let (start, mut text, mut n, mut finish) = (Instant::now(), String::new(), 0, FinishReason::Length.to_string());
         let is_json = self.args.grid.json;
         let answering = stop::Answering::begin();
-        for token in torchless::generate(self.model, state, &prompt[kept..], options) {
+        let (before, last) = prompt.split_at(prompt.len() - 1);
+        let is_in = self.prefill(state, &before[kept..], &answering)?;
+        if !is_in {
+            finish = "interrupted".into();
+        }
+        let answer = is_in.then(|| torchless::generate(self.model, state, last, options));
+        for token in answer.into_iter().flatten() {
             let token = token?;
             if std::mem::take(&mut self.is_untold) {
                 note(format_args!("seed {}", self.seed));

@@ -39,11 +39,13 @@ pub(super) fn select(names: &Names, model: &ModelName, want: Want) -> Result<Cho
         };
     }
     let small = || SMALL.iter().filter(|name| names.contains(**name)).map(|name| (*name).to_owned());
-    if want == Want::Tokenizer && has_tokenizer(names) {
-        return Ok(Choice::Directory(small().collect()));
-    }
     // As in transformers, a single file goes before an index.
     let weights = [SINGLE, INDEX].into_iter().find(|name| names.contains(*name));
+    // A GGUF file that would be loaded has the vocabulary that goes with it.
+    let is_directory = weights.is_some() && names.contains(CONFIG) || ggufs(names).is_empty();
+    if want == Want::Tokenizer && has_tokenizer(names) && is_directory {
+        return Ok(Choice::Directory(small().collect()));
+    }
     match weights {
         Some(weights) if names.contains(CONFIG) => return Ok(Choice::Directory(small().chain([weights.to_owned()]).collect())),
         _ => {}
@@ -128,6 +130,7 @@ mod tests {
         let gguf = |files: &str| Ok(Choice::Gguf(words(files)));
         assert_eq!(chosen("config.json q/a.gguf", "o/n", Want::All), gguf("q/a.gguf"));
         assert_eq!(chosen("q/a.gguf", "o/n", Want::Tokenizer), gguf("q/a.gguf"));
+        assert_eq!(chosen("config.json tokenizer.json q/a.gguf", "o/n", Want::Tokenizer), gguf("q/a.gguf"));
         let parts = "a-00001-of-00002.gguf a-00002-of-00002.gguf";
         assert_eq!(chosen(parts, "o/n", Want::All), gguf(parts));
         let two = format!("{parts} b.gguf config.json model.safetensors");

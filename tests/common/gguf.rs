@@ -70,10 +70,7 @@ impl Gguf {
         let heads = size("num_attention_heads").unwrap();
         let head_dim = size("head_dim").unwrap_or_else(|| size("hidden_size").unwrap() / heads);
         let mut file = Self::default();
-        let architecture = match config["model_type"].as_str() {
-            Some(qwen @ ("qwen2" | "qwen3")) => qwen,
-            _ => "llama",
-        };
+        let architecture = config["model_type"].as_str().filter(|name| name.starts_with("qwen")).unwrap_or("llama");
         file.set("general.architecture", text(architecture));
         let key = |name: &str| format!("{architecture}.{name}");
         file.set(&key("block_count"), needed("num_hidden_layers"));
