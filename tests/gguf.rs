@@ -207,7 +207,7 @@ fn more_keys_or_tensors_than_any_model_has_are_refused_before_they_are_read() {
         data: vec![],
     }));
     for (file, word) in [(keys, "metadata keys; 65536"), (tensors, "tensors; 65536")] {
-        let error = load(&file).err().expect("refused").to_string();
+        let error = load(&file).expect_err("refused").to_string();
         assert!(error.contains(word), "{error}");
     }
 }
