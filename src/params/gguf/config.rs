@@ -171,8 +171,10 @@ fn rope_scaling(parts: &Parts, head_dim: usize) -> Result<Option<RopeScaling>> {
     };
     let divisors = match parts.find(FREQUENCY_FACTORS) {
         Some(file) => {
-            let mut divisors = vec![0.0; head_dim / 2];
-            file.matrix(FREQUENCY_FACTORS, &[head_dim / 2])?.row_to_f32(0, &mut divisors);
+            // The file has them all before memory is asked for: the metadata may claim any length of a head.
+            let matrix = file.matrix(FREQUENCY_FACTORS, &[head_dim / 2])?;
+            let mut divisors = vec![0.0; matrix.cols()];
+            matrix.row_to_f32(0, &mut divisors);
             Some(RopeScaling::Divisors(divisors))
         }
         None => None,
