@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${WORK:-fuzz/target/work} jobs=${JOBS:-1}
 # A panic, an overflow, 512 MiB at once, 2 GiB in all or 10 seconds for one input is a finding.
-limits=(-rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 -max_len=8192)
+limits=(-rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 -max_len=16384)
 
 keep= seconds=60
 case ${1:-} in

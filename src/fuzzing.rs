@@ -3,6 +3,7 @@
 //! They are part of the library so that they reach its readers, and of its tests, which give them every input kept in `fuzz/corpus`.
 
 use crate::backend;
+use crate::chat::{ChatMessage, ChatTemplate};
 use crate::error::Result;
 use crate::params::fuzzed;
 
@@ -10,7 +11,37 @@ use crate::params::fuzzed;
 pub type Target = (&'static str, fn(&[u8]) -> bool);
 
 /// All of them.
-pub const TARGETS: &[Target] = &[("config", config), ("kept_weights", kept_weights), ("safetensors", safetensors)];
+pub const TARGETS: &[Target] =
+    &[("chat_template", chat_template), ("config", config), ("gguf", gguf), ("kept_weights", kept_weights), ("safetensors", safetensors)];
+
+/// Most bytes of a conversation's text.
+const MAX_TEXT: usize = 16 << 20;
+
+/// A chat template; behind a zero byte what a user says. Where nothing is said, there is no system message either, which some templates refuse.
+#[must_use]
+pub fn chat_template(input: &[u8]) -> bool {
+    leave_to_who_catches("/minijinja");
+    let (source, said) = at_zero(input);
+    let Ok(source) = std::str::from_utf8(source) else { return false };
+    let Some(template) = took(ChatTemplate::new(source, "<s>", "</s>"), source.len()) else { return false };
+    let history = [
+        ChatMessage::system("Answer in one word."),
+        ChatMessage::user(String::from_utf8_lossy(said)),
+        ChatMessage::assistant("Yes."),
+        ChatMessage::user("And then?"),
+    ];
+    let first = usize::from(said.is_empty());
+    let Some(text) = took(template.render(&history[first..], true), input.len()) else { return false };
+    assert!(text.len() <= MAX_TEXT, "a text of {} bytes", text.len());
+    true
+}
+
+/// A GGUF file.
+#[must_use]
+pub fn gguf(input: &[u8]) -> bool {
+    leave_to_who_catches("/tokenizers-");
+    fuzzed::gguf(input)
+}
 
 /// A `config.json`; behind a zero byte a `generation_config.json`, behind another an index of shards.
 #[must_use]
@@ -48,6 +79,25 @@ pub fn safetensors(input: &[u8]) -> bool {
 pub fn kept_weights(input: &[u8]) -> bool {
     let (header, data) = at_zero(input);
     backend::fuzzed::kept_weights(header, data)
+}
+
+/// Has the fuzzer, which ends at every panic, let those pass whose place is in a library of this name. Torchless catches them and makes errors of them;
+/// what isn't caught ends the fuzzer nonetheless.
+fn leave_to_who_catches(library: &'static str) {
+    // The tests' own hook only reports.
+    #[cfg(fuzzing)]
+    {
+        static SET: std::sync::Once = std::sync::Once::new();
+        SET.call_once(|| {
+            let ends = std::panic::take_hook();
+            std::panic::set_hook(Box::new(move |panic| {
+                if !panic.location().is_some_and(|place| place.file().contains(library)) {
+                    ends(panic);
+                }
+            }));
+        });
+    }
+    let _ = library;
 }
 
 /// What is before the first zero byte, and what is behind it.

@@ -7,6 +7,7 @@ use safetensors::SafeTensors;
 
 use super::files::parse_index;
 use super::fingerprint::fingerprint;
+pub(crate) use super::gguf::fuzzed::gguf;
 use super::safetensors::SafetensorsFile;
 use super::{GenerationConfig, tensors_of};
 use crate::config::{Config, Keys};
@@ -48,7 +49,7 @@ pub(crate) fn safetensors(bytes: &[u8]) -> bool {
 }
 
 /// The first row and the last, of the whole and of a part.
-fn read(matrix: &Matrix) {
+pub(super) fn read(matrix: &Matrix) {
     let (rows, cols) = (matrix.rows(), matrix.cols());
     matrix.will_need();
     for matrix in [matrix, &matrix.slice(rows / 2..rows, cols / 3..cols)] {
@@ -72,16 +73,20 @@ pub(crate) fn config(json: &[u8], generation: Option<&[u8]>) -> bool {
         }
     }
     let Some(config) = config else { return false };
+    check_sizes(&config);
+    true
+}
 
+/// What must hold of the sizes that a reader takes.
+pub(super) fn check_sizes(config: &Config) {
     // What a loader makes of the sizes: of every tensor the bytes, none of which overflows.
     let bytes = |shape: &[usize]| shape.iter().product::<usize>() * size_of::<f32>();
-    let layer = tensors_of(&config).take(12).map(|(_, shape)| bytes(&shape)).max().expect("a model has tensors");
+    let layer = tensors_of(config).take(12).map(|(_, shape)| bytes(&shape)).max().expect("a model has tensors");
     assert!(isize::try_from(layer).is_ok());
     assert!(config.layer_elements() + config.head_elements() <= isize::MAX as u128);
     assert_eq!(config.q_dim() % config.kv_dim(), 0, "{config:?}");
     assert!(config.first_seen(0) == 0 && config.first_seen(config.max_position_embeddings - 1) < config.max_position_embeddings);
     assert!(config.rope_theta.is_finite() && config.rms_norm_eps > 0.0);
-    true
 }
 
 /// An index of shards.

@@ -51,6 +51,14 @@ impl GgufFile {
         Ok(Self { file, metadata, tensors })
     }
 
+    /// [`Self::open`] of what `path` is mapped to.
+    #[cfg(any(fuzzing, test))]
+    pub(super) fn mapped(path: PathBuf, map: memmap2::Mmap) -> Result<Self> {
+        let (file, (values, tensors)) = MappedFile::of(path, map, KIND, read_header)?;
+        let metadata = Metadata::new(file.path(), Arc::clone(file.map()), values);
+        Ok(Self { file, metadata, tensors })
+    }
+
     pub(super) fn file(&self) -> &MappedFile {
         &self.file
     }

@@ -6,6 +6,8 @@
 mod bytes;
 mod config;
 mod file;
+#[cfg(any(fuzzing, test))]
+pub(crate) mod fuzzed;
 mod metadata;
 mod names;
 mod parts;
@@ -55,7 +57,10 @@ pub(super) fn vocabulary(path: &Path) -> Result<Vocabulary> {
 impl GgufModel {
     /// Opens the model of which `path` is the file, or a part.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let parts = Parts::open(path)?;
+        Self::of(Parts::open(path)?)
+    }
+
+    fn of(parts: Parts) -> Result<Self> {
         let (architecture, config) = config::read(&parts)?;
         let generation = text::generation(parts.metadata(), config.vocab_size)?;
         Ok(Self { parts, architecture, config, generation })

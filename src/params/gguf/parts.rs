@@ -23,7 +23,11 @@ pub(super) struct Parts(Vec<GgufFile>);
 impl Parts {
     /// Opens the model of which `path` is the file, or any part of a split set.
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let file = GgufFile::open(path.into())?;
+        Self::of(path, GgufFile::open(path.into())?)
+    }
+
+    /// [`Self::open`] of a file that is open.
+    pub(super) fn of(path: &Path, file: GgufFile) -> Result<Self> {
         let metadata = file.metadata();
         let count = metadata.integer(COUNT)?.unwrap_or(1);
         if count <= 1 {
