@@ -57,8 +57,8 @@ mod tests {
             ("lm_head.weight", Some(HEAD)),
             ("model.layers.12.self_attn.o_proj.weight", Some("blk.12.attn_output.weight")),
             ("model.layers.0.post_attention_layernorm.weight", Some("blk.0.ffn_norm.weight")),
-            ("model.layers.0.self_attn.q_norm.weight", None),
-            ("model.layers.0.self_attn.q_proj.bias", None),
+            ("model.layers.0.self_attn.q_norm.weight", Some("blk.0.attn_q_norm.weight")),
+            ("model.layers.0.self_attn.q_proj.bias", Some("blk.0.attn_q.bias")),
             ("model.rotary.weight", None),
         ];
         for (theirs, ours) in names {
