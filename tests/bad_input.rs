@@ -254,7 +254,7 @@ fn json_files_that_are_not_what_they_should_be_are_refused() {
                     fs::remove_dir_all(dir).unwrap();
                     fs::write(dir, "").unwrap();
                 },
-                &["cannot open"],
+                &["neither the directory of a model nor a GGUF file"],
             ),
             ("no config", &|dir| fs::remove_file(dir.join("config.json")).unwrap(), &["cannot open", "config.json"]),
             ("an empty config", &|dir| write(dir, "config.json", ""), &["config.json", "not a JSON object"]),

@@ -22,7 +22,9 @@ const LAYER: [(&str, &str); 11] = [
 /// or one that is read in another place.
 pub(super) fn changes_nothing(name: &str, n_layers: usize) -> bool {
     let layer = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.')?.0.parse::<usize>().ok());
-    layer.is_some_and(|layer| layer >= n_layers) || name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd")
+    layer.is_some_and(|layer| layer >= n_layers)
+        || name == "rope_freqs.weight"
+        || name.trim_end_matches(".weight").ends_with(".attn_rot_embd")
 }
 
 pub(super) const EMBEDDING: &str = "token_embd.weight";
