@@ -141,7 +141,11 @@ unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut 
         let mut total = [V::zero(); C];
         for b in 0..tile.blocks {
             let p = tile.quants::<F>(b);
-            let w: [V::Quants; 8] = std::array::from_fn(|g| quants::<V, F>(p, book, offset, g));
+            // Loops and no closures: intrinsics would not be inlined through those.
+            let mut w = [quants::<V, F>(p, book, offset, 0); 8];
+            for (g, w) in w.iter_mut().enumerate().skip(1) {
+                *w = quants::<V, F>(p, book, offset, g);
+            }
             let scales = scales::<V, F>(&tile, b);
             if fetch {
                 tile.prefetch::<V, F>(b);
@@ -161,7 +165,10 @@ unsafe fn dots<V: Vectors, F: Form, const C: usize>(job: &Job<'_>, totals: &mut 
                     }
                 } else {
                     let corrections: [i32; 4] = std::array::from_fn(|i| if i < few { (*measures.add(at + i)).correction } else { 0 });
-                    dots = sums_of::<V>(&w, x.add(at), 0, few, corrections).map(|sum| V::to_f32(sum));
+                    let sums = sums_of::<V>(&w, x.add(at), 0, few, corrections);
+                    for i in 0..few {
+                        dots[i] = V::to_f32(sums[i]);
+                    }
                 }
                 for (i, dot) in dots[..few].iter().enumerate() {
                     let measure = *measures.add(at + i);
@@ -188,7 +195,9 @@ unsafe fn sums_of<V: Vectors>(w: &[V::Quants], x: *const [i8; BLOCK], column: us
     unsafe {
         let mut sums = [V::sums(0); 4];
         if V::BIASED {
-            sums = corrections.map(|correction| V::sums(correction));
+            for (sum, correction) in sums.iter_mut().zip(corrections) {
+                *sum = V::sums(correction);
+            }
         }
         for (g, w) in w.iter().enumerate() {
             for (i, sum) in sums[..few].iter_mut().enumerate() {

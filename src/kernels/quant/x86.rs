@@ -185,24 +185,13 @@ impl Vectors for [__m256; 2] {
     }
     #[inline(always)]
     unsafe fn quants_more<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> [__m256i; 2] {
-        unsafe {
-            let half = |at: usize| {
-                let (low, high) = (p.add(64 * (g % 4) + at), p.add(64 * (4 + g * HIGH / 8) + at));
-                let (low, high) = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(high.cast()));
-                let low = if g < 4 { low } else { _mm256_srli_epi16::<4>(low) };
-                let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128((g * HIGH % 8) as i32));
-                let high = _mm256_slli_epi16::<4>(_mm256_and_si256(high, _mm256_set1_epi8((1 << HIGH) - 1)));
-                let all = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
-                _mm256_sub_epi8(all, _mm256_set1_epi8(offset as i8))
-            };
-            [half(0), half(32)]
-        }
+        unsafe { [more8::<HIGH>(p, g, offset), more8::<HIGH>(p.add(32), g, offset)] }
     }
     #[inline(always)]
     unsafe fn load_bytes(p: *const u8) -> Self {
         unsafe {
-            let half = |at: usize| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(at).cast())));
-            [half(0), half(8)]
+            let (a, b) = (_mm_loadl_epi64(p.cast()), _mm_loadl_epi64(p.add(8).cast()));
+            [_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(a)), _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b))]
         }
     }
     #[inline(always)]
@@ -231,6 +220,23 @@ impl Vectors for [__m256; 2] {
                 [nibble(levels, _mm256_srli_epi32::<24>(a)), nibble(levels, _mm256_srli_epi32::<24>(b))],
             ]
         }
+    }
+}
+
+/// Half of [`Vectors::quants_more`].
+///
+/// # Safety
+/// The CPU has AVX2, and `p` points to a half of the block's first vector.
+#[inline(always)]
+unsafe fn more8<const HIGH: usize>(p: *const u8, g: usize, offset: u8) -> __m256i {
+    unsafe {
+        let (low, high) = (p.add(64 * (g % 4)), p.add(64 * (4 + g * HIGH / 8)));
+        let (low, high) = (_mm256_loadu_si256(low.cast()), _mm256_loadu_si256(high.cast()));
+        let low = if g < 4 { low } else { _mm256_srli_epi16::<4>(low) };
+        let high = _mm256_srl_epi16(high, _mm_cvtsi32_si128((g * HIGH % 8) as i32));
+        let high = _mm256_slli_epi16::<4>(_mm256_and_si256(high, _mm256_set1_epi8((1 << HIGH) - 1)));
+        let all = _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), high);
+        _mm256_sub_epi8(all, _mm256_set1_epi8(offset as i8))
     }
 }
 
