@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Want;
 use super::name::ModelName;
+use crate::params::PartName;
 
 pub(super) const SINGLE: &str = "model.safetensors";
 pub(super) const INDEX: &str = "model.safetensors.index.json";
@@ -69,7 +70,7 @@ pub(super) fn has_tokenizer(names: &Names) -> bool {
 
 /// Every GGUF file; of those in parts the first part.
 fn ggufs(names: &Names) -> Vec<&str> {
-    let first = |name: &str| split(name).is_none_or(|(_, part, _)| part == 1);
+    let first = |name: &str| PartName::parse(name).is_none_or(|part| part.number == 1);
     names.iter().map(String::as_str).filter(|name| name.ends_with(".gguf") && first(name)).collect()
 }
 
@@ -83,19 +84,10 @@ fn ggufs_of(names: &Names, model: &ModelName) -> String {
     format!("its .gguf files are {shown}{more}; name one, such as {}:{one}", model.repository)
 }
 
-/// `name-00002-of-00003.gguf`: the name, 2 and 3.
-fn split(file: &str) -> Option<(&str, u32, u32)> {
-    let (rest, of) = file.strip_suffix(".gguf")?.rsplit_once("-of-")?;
-    let (name, part) = rest.rsplit_once('-')?;
-    let number = |digits: &str| (digits.len() == 5 && digits.bytes().all(|b| b.is_ascii_digit())).then(|| digits.parse().ok()).flatten();
-    let (part, of) = (number(part)?, number(of)?);
-    (1..=of).contains(&part).then_some((name, part, of))
-}
-
 /// All parts of a file, the first in front; itself, if it is whole.
 fn parts(file: &str) -> Vec<String> {
-    match split(file) {
-        Some((name, _, of)) => (1..=of).map(|part| format!("{name}-{part:05}-of-{of:05}.gguf")).collect(),
+    match PartName::parse(file) {
+        Some(part) => (1..=part.count).map(|number| part.of_number(number)).collect(),
         None => vec![file.to_owned()],
     }
 }
@@ -158,11 +150,12 @@ mod tests {
 
     #[test]
     fn only_five_digits_within_their_number_are_parts() {
-        assert_eq!(split("q/a-00002-of-00003.gguf"), Some(("q/a", 2, 3)));
+        let part = PartName::parse("q/a-00002-of-00003.gguf").unwrap();
+        assert_eq!((part.prefix, part.number, part.count), ("q/a", 2, 3));
         for whole in
             ["a.gguf", "a-1-of-2.gguf", "a-00000-of-00002.gguf", "a-00003-of-00002.gguf", "a-0000x-of-00002.gguf", "a-+0001-of-00002.gguf"]
         {
-            assert_eq!(split(whole), None, "{whole}");
+            assert_eq!(PartName::parse(whole), None, "{whole}");
         }
     }
 }

@@ -24,6 +24,8 @@ use crate::tokenizer::Tokenizer;
 #[cfg(feature = "hub")]
 pub(crate) use files::shards_of;
 pub use generation::GenerationConfig;
+#[cfg(feature = "hub")]
+pub(crate) use gguf::PartName;
 use gguf::{GgufModel, Metadata};
 use mapped::MappedFile;
 pub(crate) use safetensors::read_header;

@@ -25,6 +25,8 @@ use crate::kernels::matrix::Matrix;
 use crate::tokenizer::Vocabulary;
 use config::Architecture;
 pub(crate) use metadata::Metadata;
+#[cfg(feature = "hub")]
+pub(crate) use parts::PartName;
 use parts::Parts;
 
 /// A GGUF model whose sizes are known.
@@ -90,7 +92,7 @@ impl GgufModel {
             return Err(Error::Unsupported {
                 what: "tensor",
                 found: found.into(),
-                supported: "the tensors of plain layers, and computes without no other",
+                supported: "the tensors of plain layers, and leaves no others out",
             });
         }
         Ok(tensors)

@@ -112,14 +112,14 @@ fn check_tensors(files: &[GgufFile], path: &Path, total: Option<i128>) -> Result
 
 /// The name of a part: `prefix-00001-of-00003.gguf`.
 #[derive(Debug, PartialEq, Eq)]
-struct PartName<'a> {
-    prefix: &'a str,
-    number: u32,
-    count: u32,
+pub(crate) struct PartName<'a> {
+    pub(crate) prefix: &'a str,
+    pub(crate) number: u32,
+    pub(crate) count: u32,
 }
 
 impl<'a> PartName<'a> {
-    fn parse(name: &'a str) -> Option<Self> {
+    pub(crate) fn parse(name: &'a str) -> Option<Self> {
         let (rest, count) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
         let (prefix, number) = rest.rsplit_once('-')?;
         let five_digits = |text: &str| (text.len() == 5 && text.bytes().all(|c| c.is_ascii_digit())).then(|| text.parse().ok())?;
@@ -127,7 +127,8 @@ impl<'a> PartName<'a> {
         (1..=count).contains(&number).then_some(Self { prefix, number, count })
     }
 
-    fn of_number(&self, number: u32) -> String {
+    /// The name of another part of the same set.
+    pub(crate) fn of_number(&self, number: u32) -> String {
         format!("{}-{number:05}-of-{:05}.gguf", self.prefix, self.count)
     }
 }
